@@ -1,0 +1,65 @@
+"""minift: how LLM fine-tuning works, by being a complete, exact and fast implementation of it.
+
+The rooms, from the ground up (a file imports only from lower floors):
+
+    numerics  sources        how one number is rounded; where a model's files come from
+    quant                    how a tensor is stored in 4 or 8 bits
+    optim  model  data       optimizers; the decoder; rows, tokens, labels, batches
+    adapters                 LoRA
+    train                    the step, the loop, checkpoints
+    study                    tables and plots
+    cli                      the `minift` command
+
+Tensor names end in their dimensions (`x_bsd`, `weight_oi`):
+
+    b batch row     s query position    t key position      d model width       h query head    g key/value head
+    e head width    f MLP width         v vocabulary        i / o in / out features             r LoRA rank
+    n flat elements                     m quantization block                    c element within a block
+"""
+
+from minift.adapters.files import load_adapter, save_adapter
+from minift.adapters.inject import add_lora
+from minift.adapters.lora import LoraConfig
+from minift.adapters.merge import merge_lora
+from minift.data.collate import Batch, collate, flatten
+from minift.data.encode import Example, encode
+from minift.data.formats import read_dataset
+from minift.data.packing import pack
+from minift.data.tokenizer import Tokenizer, load_tokenizer
+from minift.model.decoder import CausalLM
+from minift.model.generate import Sampling, generate
+from minift.model.load import load_model
+from minift.optim.adamw import AdamW
+from minift.optim.adamw8bit import AdamW8bit
+from minift.quant.linear import QuantConfig
+from minift.train.config import TrainConfig
+from minift.train.loop import TrainResult, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "AdamW8bit",
+    "Batch",
+    "CausalLM",
+    "Example",
+    "LoraConfig",
+    "QuantConfig",
+    "Sampling",
+    "Tokenizer",
+    "TrainConfig",
+    "TrainResult",
+    "add_lora",
+    "collate",
+    "encode",
+    "flatten",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "merge_lora",
+    "pack",
+    "read_dataset",
+    "save_adapter",
+    "train",
+]

@@ -1,0 +1,267 @@
+"""The `minift` command: a thin layer of options over the library's functions.
+
+Exit status: 0 done, 2 bad input (one line on standard error says which), 1 failure, 130 stopped by Ctrl-C. A traceback
+is shown only with --debug.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODEL_HELP = "A known name (see `minift models`), a Hugging Face Hub id, a folder, or a .gguf file."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="minift")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Fine-tune language models on one small GPU, or none."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with its status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = cli.main(arguments, prog_name="minift", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nStopped.", err=True)
+        status = 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        bad_input = isinstance(error, ValueError | FileNotFoundError | IsADirectoryError)
+        kind = "" if bad_input else f"{type(error).__name__}: "
+        message = " ".join(str(error).split()) or "no details"
+        click.echo(f"Error: {kind}{message}", err=True)
+        status = 2 if bad_input else 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+# --- options that several commands share ----------------------------------------------------------------------------
+
+
+def model_options(default: str | None = "smollm2-135m-instruct") -> Callable:
+    """--model, --quantize, --dtype, --device."""
+    options = [
+        click.option("--model", default=default, required=default is None, help=MODEL_HELP),
+        click.option(
+            "--quantize", type=click.Choice(["nf4", "fp4", "none"]), default="nf4", help="Format of the linear layers."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            default="auto",
+            help="Type of the arithmetic; auto takes bfloat16 where this machine is fast in it.",
+        ),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."),
+    ]
+    return lambda command: _apply(options, command)
+
+
+def train_options(**defaults: Any) -> Callable:
+    """An option for every field of TrainConfig; `defaults` replaces some of its defaults."""
+    from minift.train.config import TrainConfig
+
+    options = []
+    for setting in fields(TrainConfig):
+        flag = "--" + setting.name.replace("_", "-")
+        default = defaults.get(setting.name, setting.default)
+        choices, text = setting.metadata["choices"], setting.metadata["help"]
+        if isinstance(default, bool):
+            options.append(click.option(f"{flag}/--no-{flag[2:]}", setting.name, default=default, help=text))
+        else:
+            kind = click.Choice(choices) if choices else type(default)
+            options.append(click.option(flag, setting.name, type=kind, default=default, help=text))
+    return lambda command: _apply(options, command)
+
+
+def lora_options(command: Callable) -> Callable:
+    """--rank, --alpha, --dropout, --targets."""
+    options = [
+        click.option("--rank", default=8, help="LoRA: rank."),
+        click.option("--alpha", default=16.0, help="LoRA: the change is scaled by alpha / rank."),
+        click.option("--dropout", default=0.0, help="LoRA: dropout of the adapters' input."),
+        click.option(
+            "--targets",
+            default="all-linear",
+            help="LoRA: all-linear, names separated by commas, or a regular expression.",
+        ),
+    ]
+    return _apply(options, command)
+
+
+def _apply(options: list[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _lora(options: dict[str, Any]) -> Any:
+    """Take LoRA's options out of `options`."""
+    from minift.adapters.lora import LoraConfig
+
+    targets = options.pop("targets")
+    names = tuple(name.strip() for name in targets.split(","))
+    is_list = targets != "all-linear" and all(name.replace("_", "").isalnum() for name in names)
+    return LoraConfig(options.pop("rank"), options.pop("alpha"), options.pop("dropout"), names if is_list else targets)
+
+
+def _machine(options: dict[str, Any]) -> tuple[str | None, Any, str]:
+    """Take --quantize, --dtype and --device out of `options`, as the library takes them."""
+    import torch
+
+    from minift.numerics.dtypes import DTYPES, fast_dtype
+
+    quantize, dtype, device = (options.pop(name) for name in ("quantize", "dtype", "device"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return None if quantize == "none" else quantize, fast_dtype(device) if dtype == "auto" else DTYPES[dtype], device
+
+
+def _say_stopped(result: Any, command: str) -> int:
+    click.echo(
+        f"Stopped after step {len(result.steps)}; a checkpoint is in {result.output_dir / 'checkpoints'}.\n"
+        f"Go on with: {command} --resume (and the same options)",
+        err=True,
+    )
+    return 130
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+DEMO = {"epochs": 3, "batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 5, "output_dir": "minift-demo"}
+
+
+@cli.command()
+@model_options()
+@lora_options
+@train_options(**DEMO)
+def demo(model: str, **options: Any) -> int:
+    """The main job: teach a small model to speak like Yoda, and see the difference.
+
+    Fine-tunes SmolLM2-135M-Instruct in NF4 with LoRA on 450 sentence pairs that come with minift, and shows its answers
+    to held-out sentences before and after.
+    """
+    from minift.demo import run_demo
+    from minift.train.config import TrainConfig
+
+    machine, lora = _machine(options), _lora(options)
+    result = run_demo(model, *machine, lora, TrainConfig(**options), click.echo)
+    return 0 if result.training.finished else _say_stopped(result.training, "minift demo")
+
+
+@cli.command()
+@model_options()
+@click.option("--data", required=True, help="JSON Lines file; rows of messages, prompt and completion, or text.")
+@lora_options
+@train_options()
+def train(model: str, data: str, **options: Any) -> int:
+    """Fine-tune a model with LoRA on your own rows."""
+    import minift
+    from minift.adapters.inject import count_parameters
+    from minift.study.plots import loss_curve
+
+    machine, lora = _machine(options), _lora(options)
+    config = minift.TrainConfig(**options)
+    rows = minift.read_dataset(data)
+    tokenizer = minift.load_tokenizer(model)
+    loaded = minift.load_model(model, *machine)
+    wrapped = minift.add_lora(loaded, lora)
+    trained, total = count_parameters(loaded)
+    click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
+    result = minift.train(loaded, tokenizer, rows, config)
+    if not result.finished:
+        return _say_stopped(result, "minift train")
+    picture = loss_curve(result.steps, result.output_dir / "loss.png", f"{model}: training loss")
+    click.echo(f"Loss {result.steps[0].loss:.3f} -> {result.steps[-1].loss:.3f} in {len(result.steps)} steps")
+    click.echo(f"Saved {result.adapter} (adapter, PEFT's format), {picture}, {result.output_dir / 'log.json'}")
+    click.echo(f"Try it: minift chat --model {model} --adapter {result.adapter}")
+    return 0
+
+
+@cli.command()
+@model_options()
+@click.option("--adapter", help="Folder of a trained adapter.")
+@click.option("--system", help="System message, instead of the one in the model's template.")
+@click.option("--max-new-tokens", default=256, help="Longest answer.")
+@click.option("--temperature", default=0.0, help="0 takes the likeliest token; higher is more varied.")
+@click.option("--top-p", default=1.0, help="Draw from the likeliest tokens that together reach this probability.")
+@click.option("--seed", default=0, help="Seed of the drawing.")
+@click.option("--memory/--no-memory", default=True, help="Let the model see the earlier turns of the conversation.")
+def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: int, memory: bool, **options: Any) -> int:
+    """Talk to a model, with or without an adapter. Ends with an empty line or Ctrl-D.
+
+    The adapter was trained on the quantized weights, so these are used here, too (decoded once, for speed).
+    """
+    import minift
+    from minift.model.generate import Sampling, stream
+    from minift.quant import dequantize_model
+
+    machine = _machine(options)
+    sampling = Sampling(**options)
+    tokenizer = minift.load_tokenizer(model)
+    loaded = minift.load_model(model, *machine)
+    if adapter:
+        minift.load_adapter(loaded, adapter)
+    dequantize_model(loaded)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        click.echo(f"{model}{f' with {adapter}' if adapter else ''}. An empty line ends the conversation.", err=True)
+    while True:
+        if interactive:
+            click.echo("> ", nl=False)
+        text = sys.stdin.readline().strip()
+        if not text:
+            return 0
+        messages = [*(messages if memory else start), {"role": "user", "content": text}]
+        answer = ""
+        for piece in stream(loaded, tokenizer, messages, max_new_tokens, sampling):
+            answer += piece
+            click.echo(piece, nl=False)
+        click.echo()
+        messages.append({"role": "assistant", "content": answer})
+
+
+@cli.command()
+@click.argument("what")
+@click.option("--quantize", type=click.Choice(["nf4", "fp4", "none"]), default="none", help="As it would be loaded.")
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
+              help="As it would be loaded; auto is the checkpoint's own.")  # fmt: skip
+@click.option("--all", "every", is_flag=True, help="A row for each layer instead of one for all alike.")
+def inspect(what: str, quantize: str, dtype: str, every: bool) -> None:
+    """Table of the modules of WHAT, a model (name or folder) or an adapter folder: shapes, types, bytes.
+
+    Reads headers only, so it is instant for any size.
+    """
+    from minift.adapters.files import CONFIG
+    from minift.numerics.dtypes import DTYPES
+    from minift.sources.resolve import resolve
+    from minift.study.memory import folder_table, format_table, group_layers
+
+    folder = Path(what) if (Path(what) / CONFIG).is_file() else resolve(what)
+    rows = folder_table(folder, None if quantize == "none" else quantize, DTYPES.get(dtype))
+    click.echo(format_table(rows if every else group_layers(rows)))
+
+
+@cli.command()
+def models() -> None:
+    """The names that minift knows, and where they are on this machine."""
+    from minift.sources.resolve import KNOWN, cached_folder
+
+    for name, known in KNOWN.items():
+        click.echo(f"{name}\n    {known.hub_id}: {known.note}\n    {cached_folder(name) or 'not on this machine yet'}")
+    click.echo("Any other Llama-family model: its Hugging Face Hub id (org/name), a folder, or a .gguf file.")

@@ -1,0 +1,87 @@
+"""From examples to tensors.
+
+A batch carries two integers a token besides id and label: its position within its document, and the number of its
+document within the row (-1 for padding). Everything that padding and packing need follows from them: the model builds
+the attention mask from the documents, and no mask is passed around.
+
+    two rows, padded right           one row of two documents (flattened or packed)
+    ids        a b c d   e f . .     a b c d e f
+    positions  0 1 2 3   0 1 0 0     0 1 2 3 0 1
+    documents  0 0 0 0   0 0 -1-1    0 0 0 0 1 1
+    labels     a b c d   e f x x     x b c d x f        x = -100; the first label of a row is never used (see the loss)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minift.data.encode import IGNORE, Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors int64 [b, s]."""
+
+    input_ids_bs: Tensor
+    labels_bs: Tensor
+    positions_bs: Tensor
+    documents_bs: Tensor
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of labels that count."""
+        return int((self.labels_bs[:, 1:] != IGNORE).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return int((self.documents_bs >= 0).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.__dict__.values()))
+
+
+def flatten(examples: Sequence[Example]) -> Batch:
+    """All documents behind each other in one row [1, s], without padding."""
+    row = _row(examples)
+    # The last token of one document must not be trained to predict the first of the next.
+    return replace(row, labels_bs=row.labels_bs.masked_fill(row.positions_bs == 0, IGNORE))
+
+
+def stack(rows: Sequence[Batch], pad_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:
+    """Batches of equal or different lengths under each other, padded to the longest."""
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"unknown padding_side {padding_side!r}: choose 'left' or 'right'")
+    if not rows:
+        raise ValueError("nothing to collate: no rows")
+    length = max(row.input_ids_bs.shape[1] for row in rows)
+    fillers = {"input_ids_bs": pad_id, "labels_bs": IGNORE, "positions_bs": 0, "documents_bs": -1}
+
+    def padded(tensor_bs: Tensor, filler: int) -> Tensor:
+        missing = length - tensor_bs.shape[1]
+        sides = (missing, 0) if padding_side == "left" else (0, missing)
+        return torch.nn.functional.pad(tensor_bs, sides, value=filler)
+
+    columns = (torch.cat([padded(getattr(row, name), value) for row in rows]) for name, value in fillers.items())
+    return Batch(*columns)
+
+
+def collate(examples: Sequence[Example], pad_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:
+    """One document a row, padded to the longest."""
+    return stack([_row([example]) for example in examples], pad_id, padding_side)
+
+
+def _row(examples: Sequence[Example]) -> Batch:
+    if not examples:
+        raise ValueError("nothing to collate: no examples")
+    columns = (
+        [token for example in examples for token in example.input_ids],
+        [label for example in examples for label in example.labels],
+        [position for example in examples for position in range(len(example))],
+        [number for number, example in enumerate(examples) for _ in range(len(example))],
+    )
+    return Batch(*(torch.tensor([column]) for column in columns))

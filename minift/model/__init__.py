@@ -1,0 +1,1 @@
+"""The decoder: configuration, rotary positions, attention, blocks, loading and generating."""

@@ -1,0 +1,78 @@
+"""Attention: every token takes a weighted mean of the values of the tokens it may see.
+
+    softmax(Q K^T / sqrt(e) + mask) V
+
+`eager` writes each step out and holds the score matrix of s x t numbers per head in memory; `sdpa` hands the same
+formula to PyTorch's fused kernel, which never stores the scores. Same signature, same numbers up to rounding.
+
+Which token may see which is decided once per forward pass, from *document numbers* (one integer a token; see
+`document_mask`), so padding, packing and the key/value cache need no masks of their own:
+
+    documents   0 0 0 1 1 -1         key  0 1 2 3 4 5
+                              query 0     x
+                                    1     x x
+                                    2     x x x
+                                    3           x          a packed row: two documents, one pad
+                                    4           x x
+                                    5               x      padding sees itself: a row without any key would be NaN
+
+Grouped queries: key/value head g serves h/g query heads in turn.
+
+Sources: Attention Is All You Need, arXiv 1706.03762; GQA, arXiv 2305.13245; the order of casts is that of transformers
+(`eager_attention_forward`, `sdpa_attention_forward`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def document_mask(documents_bs: Tensor, documents_bt: Tensor) -> Tensor:
+    """Which query may see which key: same document, and not later in the row. bool [b, 1, s, t].
+
+    Args:
+        documents_bs: document number of each query; the queries are the last s of the t tokens of their row.
+        documents_bt: document number of each key.
+    """
+    s, t = documents_bs.shape[1], documents_bt.shape[1]
+    slot = torch.arange(t, device=documents_bt.device)
+    causal_st = slot[t - s :, None] >= slot
+    return (documents_bs[:, None, :, None] == documents_bt[:, None, None, :]) & causal_st
+
+
+def eager(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention step by step. mask: bool, broadcastable to [b, h, s, t]; None is causal. Returns [b, h, s, e]."""
+    if mask is None:
+        mask = causal_mask(q_bhse.shape[2], k_bgte.shape[2], q_bhse.device)
+    k_bhte, v_bhte = repeat_heads(k_bgte, q_bhse.shape[1]), repeat_heads(v_bgte, q_bhse.shape[1])
+    score_bhst = (q_bhse @ k_bhte.transpose(2, 3)) * scale
+    score_bhst = score_bhst.masked_fill(~mask, torch.finfo(score_bhst.dtype).min)
+    # exp and the sum of t terms need fp32; the probabilities themselves fit the activation dtype.
+    probability_bhst = score_bhst.softmax(dim=-1, dtype=torch.float32).to(q_bhse.dtype)
+    return probability_bhst @ v_bhte
+
+
+def sdpa(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's fused attention. Arguments and result as `eager`."""
+    if mask is None:
+        causal, grouped = q_bhse.shape[2] > 1, k_bgte.shape[1] != q_bhse.shape[1]
+        return F.scaled_dot_product_attention(
+            q_bhse, k_bgte, v_bgte, is_causal=causal, scale=scale, enable_gqa=grouped
+        )  # fmt: skip
+    # With a mask the fused kernels want one key/value head per query head; grouping would fall back to eager steps.
+    k_bhte, v_bhte = repeat_heads(k_bgte, q_bhse.shape[1]), repeat_heads(v_bgte, q_bhse.shape[1])
+    return F.scaled_dot_product_attention(q_bhse, k_bhte, v_bhte, attn_mask=mask, scale=scale)
+
+
+ATTENTION = {"eager": eager, "sdpa": sdpa}
+
+
+def causal_mask(s: int, t: int, device: torch.device) -> Tensor:
+    """True where key <= query, for the last s of t tokens. bool [s, t]."""
+    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
+
+
+def repeat_heads(x_bgte: Tensor, heads: int) -> Tensor:
+    """Give each query head its key/value head: [b, g, t, e] -> [b, h, t, e]."""
+    repeats = heads // x_bgte.shape[1]
+    return x_bgte if repeats == 1 else x_bgte.repeat_interleave(repeats, dim=1)

@@ -1,0 +1,129 @@
+"""A model's shape, read from the config.json of a Hugging Face checkpoint.
+
+Old checkpoints write rotary settings as `rope_theta` and `rope_scaling`, transformers 5 as `rope_parameters`; both are
+read. What this library does not compute is refused by name, because a setting that is silently ignored gives a model
+that answers almost right.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minift.model.families import FAMILIES
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers that fix a decoder's shape and arithmetic. Names as in config.json.
+
+    `rope` holds `rope_type`, `rope_theta` and whatever the type needs (see rope.py).
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict[str, Any]
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read `config.json`, and the end-of-text ids of `generation_config.json` where there is one.
+
+        Raises:
+            FileNotFoundError: no config.json.
+            ValueError: malformed, or an architecture or setting that is not supported; names file and key.
+        """
+        path = Path(folder) / "config.json"
+        raw = _read_json(path)
+        generation = Path(folder) / "generation_config.json"
+        if generation.is_file():
+            eos = _read_json(generation).get("eos_token_id", raw.get("eos_token_id"))
+        else:
+            eos = raw.get("eos_token_id")
+        return cls.from_dict(raw | {"eos_token_id": eos}, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str = "config") -> "ModelConfig":
+        """Build from the content of a config.json; `where` names it in errors."""
+        model_type = raw.get("model_type")
+        if model_type not in FAMILIES:
+            known = ", ".join(f"{name} ({family.source})" for name, family in FAMILIES.items())
+            raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {known}")
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method")
+            raise ValueError(
+                f"{where}: the checkpoint is already quantized ({method}); use the unquantized one and quantize='nf4'"
+            )
+        raw = FAMILIES[model_type].defaults | {key: value for key, value in raw.items() if value is not None}
+
+        def need(key: str) -> int:
+            if not isinstance(raw.get(key), int) or raw[key] <= 0:
+                raise ValueError(f"{where}: {key} must be a positive integer, got {raw.get(key)!r}")
+            return raw[key]
+
+        hidden, heads = need("hidden_size"), need("num_attention_heads")
+        raw.setdefault("num_key_value_heads", heads)
+        raw.setdefault("head_dim", hidden // heads)
+        groups = need("num_key_value_heads")
+        if heads % groups:
+            raise ValueError(f"{where}: {heads} query heads cannot share {groups} key/value heads evenly")
+        if raw["hidden_act"] not in ("silu", "swish"):
+            raise ValueError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
+        eos = raw.get("eos_token_id")
+        return cls(
+            model_type=model_type,
+            vocab_size=need("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=need("intermediate_size"),
+            num_hidden_layers=need("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=need("head_dim"),
+            max_position_embeddings=need("max_position_embeddings"),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope=_rope(raw, where),
+            attention_bias=raw["attention_bias"],
+            mlp_bias=raw["mlp_bias"],
+            tie_word_embeddings=raw["tie_word_embeddings"],
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            dtype=str(raw.get("dtype", raw.get("torch_dtype", "float32"))),
+        )
+
+
+def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = {"rope_theta": float(raw["rope_theta"])} | scaling
+    rope["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"{where}: rope type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
+    return rope
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a model folder needs config.json, tokenizer.json and *.safetensors"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content

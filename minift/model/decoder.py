@@ -1,0 +1,109 @@
+"""A decoder-only language model in one screen.
+
+    token ids -> embedding -> N x (norm, attention, norm, MLP) -> norm -> head -> logits
+
+It knows nothing of LoRA or 4-bit weights: both replace `nn.Linear` modules from outside (adapters/inject.py,
+quant/linear.py). Padding, packed documents and positions come in as two integers a token.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minift.model.attention import ATTENTION, document_mask
+from minift.model.cache import KVCache
+from minift.model.config import ModelConfig
+from minift.model.layers import Block, RMSNorm
+from minift.model.rope import cos_sin, rope_frequencies
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm (the part that checkpoints call `model.`)."""
+
+    def __init__(self, config: ModelConfig, attention: str):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its language-model head.
+
+    Args:
+        config: shape of the model.
+        attention: "sdpa" or "eager".
+
+    Attributes:
+        name: what the model was loaded as; adapters record it as their base.
+    """
+
+    def __init__(self, config: ModelConfig, attention: str = "sdpa"):
+        super().__init__()
+        if attention not in ATTENTION:
+            raise ValueError(f"unknown attention {attention!r}: choose {' or '.join(map(repr, ATTENTION))}")
+        self.config = config
+        self.name = ""
+        self.model = Decoder(config, attention)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head use the embedding's matrix where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of embeddings and norms, and so of the activations."""
+        return self.model.embed_tokens.weight.dtype
+
+    def hidden(
+        self,
+        input_ids_bs: Tensor,
+        positions_bs: Tensor | None = None,
+        documents_bs: Tensor | None = None,
+        cache: KVCache | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Tensor:
+        """Final hidden states [b, s, d]; the head turns them into logits.
+
+        Args:
+            input_ids_bs: token ids, int64.
+            positions_bs: position of each token in its document; None counts from 0 (or on from the cache).
+            documents_bs: document number of each token, -1 for padding; None is one document a row.
+            cache: keys and values of the tokens before these; the new ones are appended.
+            gradient_checkpointing: keep only each block's input and compute the block again in the backward pass:
+                about a third more time for a fraction of the activation memory.
+        """
+        model = self.model
+        b, s = input_ids_bs.shape
+        if documents_bs is None and cache is not None:
+            documents_bs = input_ids_bs.new_zeros(b, s)
+        documents_bt = documents_bs if cache is None or documents_bs is None else cache.add_documents(documents_bs)
+        mask = None if documents_bs is None or documents_bt is None else document_mask(documents_bs, documents_bt)
+        if positions_bs is None:
+            past = 0 if documents_bt is None else documents_bt.shape[1] - s
+            positions_bs = torch.arange(past, past + s, device=input_ids_bs.device).unsqueeze(0)
+
+        x_bsd = model.embed_tokens(input_ids_bs)
+        # Computed anew for every call (a few microseconds): a buffer would follow `.to(bfloat16)` and lose its digits.
+        frequency = rope_frequencies(self.config.rope, self.config.head_dim, x_bsd.device)
+        rotation = cos_sin(positions_bs, frequency, x_bsd.dtype)
+        for index, block in enumerate(model.layers):
+            if gradient_checkpointing:
+                x_bsd = checkpoint(block, x_bsd, rotation, mask, use_reentrant=False)
+            else:
+                x_bsd = block(x_bsd, rotation, mask, cache.layers[index] if cache is not None else None)
+        return model.norm(x_bsd)
+
+    def forward(
+        self, input_ids_bs: Tensor, positions_bs: Tensor | None = None, documents_bs: Tensor | None = None
+    ) -> Tensor:
+        """Logits [b, s, v] in the activation dtype. Arguments as `hidden`."""
+        return self.lm_head(self.hidden(input_ids_bs, positions_bs, documents_bs))

@@ -1,0 +1,161 @@
+"""Loading a checkpoint without ever holding it twice.
+
+    1. build the model on the meta device: shapes, no memory
+    2. swap the linears that will be quantized
+    3. stream: read one tensor, cast it, put it in its place or quantize it, drop it, next
+
+So the peak is what the finished model takes plus one tensor, not the bf16 model plus the 4-bit one. Nothing is guessed:
+a tensor that is missing, left over, of another shape or cut off is named and refused. Only safetensors files are read;
+a pickle can run any program when it is opened.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minift.model.config import ModelConfig
+from minift.model.decoder import CausalLM
+from minift.numerics.dtypes import DTYPES
+from minift.quant.linear import Linear4bit, QuantConfig, swap_linears
+from minift.sources.resolve import resolve
+
+
+def load_model(
+    name: str | Path,
+    quantize: str | QuantConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
+) -> CausalLM:
+    """Load a causal language model.
+
+    Args:
+        name: a known name (`minift models`), a Hugging Face Hub id, a folder, or a .gguf file.
+        quantize: None, "nf4", "fp4" or a QuantConfig: the decoder's linears in 4 bits with double quantization;
+            embeddings, norms and head keep `dtype`.
+        dtype: of weights and activations; None keeps the checkpoint's.
+        device: where the model goes. Quantization happens there, too.
+        attention: "sdpa" (fused) or "eager" (step by step).
+
+    Raises:
+        FileNotFoundError, ValueError: unknown name, or a checkpoint that does not fit; says which file or tensor.
+    """
+    folder = resolve(name)
+    model = build_model(folder, quantize, dtype, attention)
+    files = checkpoint_files(folder)
+    _fill(model, files, torch.device(device))
+    model.name = str(name)
+    return model.eval()
+
+
+def build_model(
+    folder: Path, quantize: str | QuantConfig | None, dtype: torch.dtype | None, attention: str = "sdpa"
+) -> CausalLM:
+    """The model of a folder on the meta device: every shape and dtype, no memory."""
+    config = ModelConfig.from_folder(folder)
+    if dtype is None:
+        if config.dtype not in DTYPES:
+            raise ValueError(f"{folder / 'config.json'}: dtype {config.dtype!r}; choose one of {', '.join(DTYPES)}")
+        dtype = DTYPES[config.dtype]
+    with torch.device("meta"):
+        model = CausalLM(config, attention).to(dtype)
+    quantization = QuantConfig.named(quantize)
+    if quantization is not None:
+        swap_linears(model, quantization)
+    return model
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the shards that its index names, or model.safetensors.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: only a pickle checkpoint, or a broken index.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not a checkpoint index: {error!r}") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder ({len(missing)} missing)")
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise ValueError(
+            f"{folder / pickles[0]} is a pickle, which can run any program when opened; "
+            "convert the checkpoint to safetensors"
+        )
+    raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+
+
+def read_tensors(files: list[Path], progress: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) from safetensors files, one tensor in memory at a time.
+
+    Raises:
+        ValueError: a file that is not safetensors or is cut off.
+    """
+    with tqdm(desc=progress, unit=" tensors", disable=progress is None, leave=False) as bar:
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    names = list(handle.keys())
+                    bar.total = (bar.total or 0) + len(names)
+                    for name in names:
+                        yield name, handle.get_tensor(name)
+                        bar.update()
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _fill(model: CausalLM, files: list[Path], device: torch.device) -> None:
+    expected = {name for name, _ in model.named_parameters()} | {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
+    left_over = []
+    for name, tensor in read_tensors(files, progress=f"Loading {files[0].parent.name}"):
+        if name in expected:
+            _place(model, name, tensor, device)
+            expected.remove(name)
+        elif not _may_be_ignored(model, name):
+            left_over.append(name)
+    if expected:
+        raise ValueError(f"{files[0].parent} lacks {len(expected)} tensors, among them {min(expected)}")
+    if left_over:
+        raise ValueError(f"{files[0].parent} holds {len(left_over)} tensors that the model has not: {left_over[0]}")
+    model.tie_weights()
+
+
+def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, Linear4bit) and leaf == "weight":
+        shape, dtype = (module.out_features, module.in_features), module.compute_dtype
+    else:
+        shape, dtype = tuple(getattr(module, leaf).shape), getattr(module, leaf).dtype
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint; the model needs {shape}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} holds {tensor.dtype}; only unquantized floating-point checkpoints can be loaded")
+    if isinstance(module, Linear4bit) and leaf == "weight":
+        try:
+            module.quantize_weight(tensor.to(device, dtype))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    else:
+        # A copy, not a view of the mapped file: the file may be replaced while the model lives.
+        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True)))
+
+
+def _may_be_ignored(model: CausalLM, name: str) -> bool:
+    """Tensors that some checkpoints carry although the model computes them: rotary tables, a copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings)

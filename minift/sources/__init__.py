@@ -1,0 +1,1 @@
+"""Where a model's files come from: a folder, a GGUF file, the Hugging Face Hub, the package index."""

@@ -1,0 +1,1 @@
+"""Looking at what happens: tables of modules and bytes, plots."""

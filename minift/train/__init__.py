@@ -1,0 +1,1 @@
+"""The training run: the only room that knows data, model and optimizer together."""

@@ -1,0 +1,56 @@
+"""Every setting of a training run, each in one place: its default, its check and its help text on the command line."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minift.data.encode import LOSS_ON, LossOn
+from minift.optim.schedule import SCHEDULES
+
+OPTIMIZERS = ("adamw8bit", "adamw")
+PACKING = ("none", "bfd", "wrapped")
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`. The help texts below are the documentation; `minift train --help` prints them."""
+
+    epochs: int = _setting(1, "Passes over the data.")
+    max_steps: int = _setting(0, "Stop after this many optimizer steps, whatever `epochs` says; 0 means no limit.")
+    batch_size: int = _setting(8, "Rows a micro-batch (with packing: packed rows).")
+    gradient_accumulation: int = _setting(1, "Micro-batches an optimizer step.")
+    lr: float = _setting(3e-4, "Highest learning rate.")
+    schedule: str = _setting("linear", "How the learning rate falls after warm-up.", SCHEDULES)
+    warmup_steps: int = _setting(0, "Steps over which the learning rate rises from 0.")
+    weight_decay: float = _setting(0.0, "Decoupled weight decay.")
+    max_grad_norm: float = _setting(1.0, "Scale gradients down to this norm if theirs is larger; 0 turns it off.")
+    optimizer: str = _setting("adamw8bit", "adamw8bit keeps its state in 2 bytes a parameter, adamw in 8.", OPTIMIZERS)
+    loss_on: LossOn = _setting(
+        "completion", "Train on all tokens, the completion (last assistant turn), or every assistant turn.", LOSS_ON
+    )
+    max_length: int = _setting(1024, "Cut rows after this many tokens; with packing, the length of a packed row.")
+    packing: str = _setting("none", "Put several documents in one row: whole (bfd) or cut (wrapped).", PACKING)
+    shuffle: bool = _setting(True, "Draw the rows of each epoch in an order fixed by the seed.")
+    gradient_checkpointing: bool = _setting(False, "Recompute activations: a third slower, far less memory.")
+    seed: int = _setting(0, "Seed of data order and dropout.")
+    output_dir: str = _setting("minift-run", "Folder for checkpoints, log and the trained adapter.")
+    save_every: int = _setting(0, "Steps between checkpoints; 0 saves one at the end or when stopped.")
+    resume: bool = _setting(False, "Go on from the newest checkpoint in output_dir, if there is one.")
+    log_every: int = _setting(1, "Steps between entries of the log.")
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0,
+            "weight_decay": 0, "max_grad_norm": 0, "max_length": 2, "seed": 0, "save_every": 0, "log_every": 1,
+        }.items():  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        for setting in fields(self):
+            choices, value = setting.metadata["choices"], getattr(self, setting.name)
+            if choices and value not in choices:
+                raise ValueError(f"unknown {setting.name} {value!r}: choose one of {', '.join(choices)}")
