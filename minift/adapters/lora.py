@@ -10,7 +10,7 @@ The backward pass, written out for n rows of input, s = alpha / r and t = x A^T:
     dt = s * dy B      [n, r]        dB = s * dy^T t
     dx = dt A                        dA = dt^T x
 
-It needs x, which is kept once however many layers read it, and t, which is computed again: cheaper than keeping it.
+It needs x, which is kept once however many layers read it, and t, which is only r numbers a token.
 
 Precision: A and B are fp32; the two thin products run in the dtype of x (as PEFT's do under autocast), and their result
 is added to the base layer's output before that is rounded.
@@ -71,24 +71,22 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, a_ri: Tensor, b_or: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, a_ri, b_or)
-        ctx.scaling = scaling
         x_ni, y_no = x.flatten(0, -2), y.flatten(0, -2)
         t_nr = x_ni @ a_ri.to(x.dtype).T
+        ctx.save_for_backward(x, t_nr, a_ri, b_or)
+        ctx.scaling = scaling
         return torch.addmm(y_no, t_nr, b_or.to(x.dtype).T, alpha=scaling).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        x, a_ri, b_or = ctx.saved_tensors
-        a_cast_ri = a_ri.to(x.dtype)
+        x, t_nr, a_ri, b_or = ctx.saved_tensors
         dy_no, x_ni = grad_y.flatten(0, -2), x.flatten(0, -2)
         dt_nr = (dy_no @ b_or.to(x.dtype)).mul_(ctx.scaling)
-        t_nr = x_ni @ a_cast_ri.T
         grad_a = (dt_nr.T @ x_ni).to(a_ri.dtype)
         grad_b = (dy_no.T @ t_nr).to(b_or.dtype).mul_(ctx.scaling)
-        grad_x = (dt_nr @ a_cast_ri).view(x.shape) if ctx.needs_input_grad[1] else None
+        grad_x = (dt_nr @ a_ri.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
         return grad_y, grad_x, grad_a, grad_b, None
 
 

@@ -20,15 +20,21 @@ from torch import Tensor
 
 from minift.data.encode import IGNORE, Example
 
+FILLERS = {"input_ids_bs": 0, "labels_bs": IGNORE, "positions_bs": 0, "documents_bs": -1}  # of padding
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors int64 [b, s]."""
+    """Tensors int64 [b, s].
+
+    `shared_prefix` is None, or (length, rows) of a batch that `share_prefix` laid out in one sequence.
+    """
 
     input_ids_bs: Tensor
     labels_bs: Tensor
     positions_bs: Tensor
     documents_bs: Tensor
+    shared_prefix: tuple[int, int] | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -42,7 +48,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.__dict__.values()))
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in FILLERS})
 
 
 def flatten(examples: Sequence[Example]) -> Batch:
@@ -59,7 +65,7 @@ def stack(rows: Sequence[Batch], pad_id: int, padding_side: Literal["left", "rig
     if not rows:
         raise ValueError("nothing to collate: no rows")
     length = max(row.input_ids_bs.shape[1] for row in rows)
-    fillers = {"input_ids_bs": pad_id, "labels_bs": IGNORE, "positions_bs": 0, "documents_bs": -1}
+    fillers = FILLERS | {"input_ids_bs": pad_id}
 
     def padded(tensor_bs: Tensor, filler: int) -> Tensor:
         missing = length - tensor_bs.shape[1]
@@ -68,6 +74,32 @@ def stack(rows: Sequence[Batch], pad_id: int, padding_side: Literal["left", "rig
 
     columns = (torch.cat([padded(getattr(row, name), value) for row in rows]) for name, value in fillers.items())
     return Batch(*columns)
+
+
+def share_prefix(batch: Batch, least: int = 8) -> Batch:
+    """Lay a right-padded batch of one document a row out so that the beginning which all rows share is computed once.
+
+        ids   s s s a b        one sequence  s s s | a b | c .      shared_prefix (3, 2)
+              s s s c .                      prefix  row 0 row 1
+
+    Chat rows begin with the same system message and header, often half of their tokens. The prefix ends where rows
+    differ or a label counts: at a trained token each row has a loss of its own. Left as it is if fewer than `least`
+    tokens, or less than a tenth of all, would be saved.
+    """
+    rows, length = batch.input_ids_bs.shape
+    alike = (batch.input_ids_bs == batch.input_ids_bs[0]).all(0) & (batch.documents_bs == 0).all(0)
+    # The prefix's last token predicts the first token after it, so that one must be untrained, too.
+    untrained = (batch.labels_bs == IGNORE).all(0)
+    untrained[0] = True  # nothing predicts the first token
+    goes_on = (alike & untrained)[:-1] & untrained[1:]
+    prefix = int(goes_on.long().cumprod(0).sum())
+    if prefix < least or prefix * (rows - 1) < 0.1 * rows * length:
+        return batch
+    columns = {
+        name: torch.cat([getattr(batch, name)[:1, :prefix], getattr(batch, name)[:, prefix:].reshape(1, -1)], dim=1)
+        for name in FILLERS
+    }
+    return Batch(**columns, shared_prefix=(prefix, rows))
 
 
 def collate(examples: Sequence[Example], pad_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:

@@ -6,10 +6,9 @@ Labels are the ids, or -100 where nothing is to be learned. They are *not* shift
     labels      -100      ...                                              -100    | Hi   ! <|im_end|> \\n
                                                          prompt length ------------^
 
-Where the answer begins is found by structure: the conversation up to it, rendered with the assistant's header and
-encoded alone, must be a prefix of the whole. Searching the ids for a marker text instead fails whenever the tokenizer
-merges the marker with its neighbours, and then masks everything without a word. If the prefix does not fit, the row is
-refused.
+Where the answer begins is found by structure: the conversation up to it is rendered with the assistant's header and
+encoded alone, and what the two encodings have in common is not trained. Searching the ids for a marker text instead
+fails whenever the tokenizer merges the marker with its neighbours, and then masks everything without a word.
 
 Equal to TRL's `SFTTrainer` on the same rows: `loss_on="completion"` is its `completion_only_loss`.
 """
@@ -22,6 +21,7 @@ from minift.data.formats import Row, check_row
 from minift.data.tokenizer import Tokenizer
 
 IGNORE = -100
+Span = tuple[int, int]
 LossOn = Literal["all", "completion", "assistant"]
 LOSS_ON: tuple[LossOn, ...] = ("all", "completion", "assistant")
 
@@ -81,9 +81,7 @@ def _is_text(row: Row) -> bool:
     return "messages" not in row and not isinstance(row.get("prompt"), list)
 
 
-def _encode_text(
-    tokenizer: Tokenizer, row: Row, loss_on: LossOn, where: str
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_text(tokenizer: Tokenizer, row: Row, loss_on: LossOn, where: str) -> tuple[list[int], list[Span]]:
     """Plain text: the end-of-text token is appended, because no template does it."""
     if loss_on == "assistant":
         raise ValueError(f"{where}: loss_on='assistant' needs messages, this row is plain text")
@@ -91,46 +89,38 @@ def _encode_text(
         raise ValueError(f"{where}: the tokenizer has no end-of-text token, so plain text would never end")
     eos = tokenizer.special["eos_token"]
     prompt, text = row.get("prompt", ""), row["completion"] if "prompt" in row else row["text"]
-    whole = prompt + text + ("" if text.endswith(eos) else eos)
-    ids = tokenizer.encode(whole)
+    ids = tokenizer.encode(prompt + text + ("" if text.endswith(eos) else eos))
     if loss_on == "all" or not prompt:
         return ids, [(0, len(ids))]
-    return ids, [(_prefix_length(tokenizer, tokenizer.encode(prompt), ids, where), len(ids))]
+    return ids, [(_common(tokenizer.encode(prompt), ids), len(ids))]
 
 
-def _encode_chat(
-    tokenizer: Tokenizer, row: Row, loss_on: LossOn, where: str
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_chat(tokenizer: Tokenizer, row: Row, loss_on: LossOn, where: str) -> tuple[list[int], list[Span]]:
     messages: list[Message] = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    whole = tokenizer.apply_chat_template(messages)
+    ids = tokenizer.encode(whole, add_special_tokens=False)
 
-    def ids_of(upto: int, add_generation_prompt: bool = False) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:upto], add_generation_prompt)
-        return tokenizer.encode(text, add_special_tokens=False)
+    def boundary(turns: int, add_generation_prompt: bool = False) -> int:
+        """Where the first `turns` messages end in `ids`."""
+        text = tokenizer.apply_chat_template(messages[:turns], add_generation_prompt)
+        if not whole.startswith(text):
+            raise ValueError(
+                f"{where}: the chat template writes the first {turns} messages differently when more follow, "
+                "so it cannot be told where the answer begins; use loss_on='all' or another template"
+            )
+        return _common(tokenizer.encode(text, add_special_tokens=False), ids)
 
-    ids = ids_of(len(messages))
     if loss_on == "all":
         return ids, [(0, len(ids))]
     if loss_on == "completion":
-        first = len(messages) - 1 if "messages" in row else len(row["prompt"])
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{where}: the last message must be the assistant's for loss_on='completion'")
-        return ids, [(_prefix_length(tokenizer, ids_of(first, True), ids, where), len(ids))]
+        first = len(messages) - 1 if "messages" in row else len(row["prompt"])
+        return ids, [(boundary(first, True), len(ids))]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return ids, [
-        (
-            _prefix_length(tokenizer, ids_of(turn, True), ids, where),
-            _prefix_length(tokenizer, ids_of(turn + 1), ids, where),
-        )
-        for turn in turns
-    ]
+    return ids, [(boundary(turn, True), boundary(turn + 1)) for turn in turns]
 
 
-def _prefix_length(tokenizer: Tokenizer, prefix: list[int], ids: list[int], where: str) -> int:
-    if ids[: len(prefix)] == prefix:
-        return len(prefix)
-    differ = next(i for i, (a, b) in enumerate(zip(prefix, [*ids, -1], strict=False)) if a != b)
-    context = tokenizer.decode(ids[max(0, differ - 5) : differ + 3])
-    raise ValueError(
-        f"{where}: the conversation before the answer is not a prefix of the whole: token {differ} differs, near "
-        f"{context!r}. An answer that begins with white space, or a template that rewrites earlier turns, does this"
-    )
+def _common(prefix: list[int], ids: list[int]) -> int:
+    """Length of the common beginning. Shorter than `prefix` if the tokenizer merges its end with what follows."""
+    return next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids)))

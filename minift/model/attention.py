@@ -3,7 +3,9 @@
     softmax(Q K^T / sqrt(e) + mask) V
 
 `eager` writes each step out and holds the score matrix of s x t numbers per head in memory; `sdpa` hands the same
-formula to PyTorch's fused kernel, which never stores the scores. Same signature, same numbers up to rounding.
+formula to PyTorch's fused kernel, which never stores the scores. Same signature, same numbers up to rounding. For rows
+of less than about 100 tokens on a CPU the written-out form is the faster one: 5.4 against 13.9 ms forward and backward
+for 16 rows of 49 tokens, 9 heads, bf16, on two cores of an AMD EPYC.
 
 Which token may see which is decided once per forward pass, from *document numbers* (one integer a token; see
 `document_mask`), so padding, packing and the key/value cache need no masks of their own:
@@ -16,15 +18,24 @@ Which token may see which is decided once per forward pass, from *document numbe
                                     4           x x
                                     5               x      padding sees itself: a row without any key would be NaN
 
+A micro-batch whose rows all begin alike (the same system message, say) can be laid out with that beginning once:
+
+    prefix | rest of row 0 | rest of row 1 | ...       one flat sequence for everything but attention; see
+    `after_prefix`
+
 Grouped queries: key/value head g serves h/g query heads in turn.
 
 Sources: Attention Is All You Need, arXiv 1706.03762; GQA, arXiv 2305.13245; the order of casts is that of transformers
 (`eager_attention_forward`, `sdpa_attention_forward`).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v, mask -> out
 
 
 def document_mask(documents_bs: Tensor, documents_bt: Tensor) -> Tensor:
@@ -40,31 +51,49 @@ def document_mask(documents_bs: Tensor, documents_bt: Tensor) -> Tensor:
     return (documents_bs[:, None, :, None] == documents_bt[:, None, None, :]) & causal_st
 
 
-def eager(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def eager(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None) -> Tensor:
     """Attention step by step. mask: bool, broadcastable to [b, h, s, t]; None is causal. Returns [b, h, s, e]."""
     if mask is None:
         mask = causal_mask(q_bhse.shape[2], k_bgte.shape[2], q_bhse.device)
     k_bhte, v_bhte = repeat_heads(k_bgte, q_bhse.shape[1]), repeat_heads(v_bgte, q_bhse.shape[1])
-    score_bhst = (q_bhse @ k_bhte.transpose(2, 3)) * scale
+    score_bhst = (q_bhse @ k_bhte.transpose(2, 3)) * q_bhse.shape[-1] ** -0.5
     score_bhst = score_bhst.masked_fill(~mask, torch.finfo(score_bhst.dtype).min)
     # exp and the sum of t terms need fp32; the probabilities themselves fit the activation dtype.
     probability_bhst = score_bhst.softmax(dim=-1, dtype=torch.float32).to(q_bhse.dtype)
     return probability_bhst @ v_bhte
 
 
-def sdpa(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def sdpa(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's fused attention. Arguments and result as `eager`."""
     if mask is None:
         causal, grouped = q_bhse.shape[2] > 1, k_bgte.shape[1] != q_bhse.shape[1]
-        return F.scaled_dot_product_attention(
-            q_bhse, k_bgte, v_bgte, is_causal=causal, scale=scale, enable_gqa=grouped
-        )  # fmt: skip
+        return F.scaled_dot_product_attention(q_bhse, k_bgte, v_bgte, is_causal=causal, enable_gqa=grouped)
     # With a mask the fused kernels want one key/value head per query head; grouping would fall back to eager steps.
     k_bhte, v_bhte = repeat_heads(k_bgte, q_bhse.shape[1]), repeat_heads(v_bgte, q_bhse.shape[1])
-    return F.scaled_dot_product_attention(q_bhse, k_bhte, v_bhte, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(q_bhse, k_bhte, v_bhte, attn_mask=mask)
 
 
 ATTENTION = {"eager": eager, "sdpa": sdpa}
+
+
+def after_prefix(attend: Attend, prefix: int, rows: int, q_bhse: Tensor, k_bgse: Tensor, v_bgse: Tensor) -> Tensor:
+    """Attention of a flat sequence [1, h, prefix + rows * s, e]: every row sees the shared prefix and itself, causally.
+
+    The rows' outputs and gradients are those they would have with the prefix in front of each of them; the prefix's own
+    gradient is the sum over the rows. Rows may be padded on the right: no real token comes after padding.
+    """
+    shared = attend(*(x[:, :, :prefix] for x in (q_bhse, k_bgse, v_bgse)), None)
+
+    def own(x: Tensor) -> Tensor:  # [1, h, rows * s, e] -> [rows, h, s, e]
+        return x[0, :, prefix:].unflatten(1, (rows, -1)).transpose(0, 1)
+
+    def with_prefix(x: Tensor) -> Tensor:  # [rows, g, prefix + s, e]
+        return torch.cat([x[:, :, :prefix].expand(rows, -1, -1, -1), own(x)], dim=2)
+
+    q_rows, k_rows, v_rows = own(q_bhse), with_prefix(k_bgse), with_prefix(v_bgse)
+    mask_st = causal_mask(q_rows.shape[2], k_rows.shape[2], q_rows.device)
+    out_rows = attend(q_rows, k_rows, v_rows, mask_st)
+    return torch.cat([shared, out_rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)], dim=2)
 
 
 def causal_mask(s: int, t: int, device: torch.device) -> Tensor:

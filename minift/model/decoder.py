@@ -6,11 +6,13 @@ It knows nothing of LoRA or 4-bit weights: both replace `nn.Linear` modules from
 quant/linear.py). Padding, packed documents and positions come in as two integers a token.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.model.attention import ATTENTION, document_mask
+from minift.model.attention import ATTENTION, after_prefix, document_mask
 from minift.model.cache import KVCache
 from minift.model.config import ModelConfig
 from minift.model.layers import Block, RMSNorm
@@ -20,11 +22,10 @@ from minift.model.rope import cos_sin, rope_frequencies
 class Decoder(nn.Module):
     """Embedding, blocks and final norm (the part that checkpoints call `model.`)."""
 
-    def __init__(self, config: ModelConfig, attention: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -44,8 +45,9 @@ class CausalLM(nn.Module):
         if attention not in ATTENTION:
             raise ValueError(f"unknown attention {attention!r}: choose {' or '.join(map(repr, ATTENTION))}")
         self.config = config
+        self.attention = ATTENTION[attention]
         self.name = ""
-        self.model = Decoder(config, attention)
+        self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -70,6 +72,7 @@ class CausalLM(nn.Module):
         documents_bs: Tensor | None = None,
         cache: KVCache | None = None,
         gradient_checkpointing: bool = False,
+        shared_prefix: tuple[int, int] | None = None,
     ) -> Tensor:
         """Final hidden states [b, s, d]; the head turns them into logits.
 
@@ -80,13 +83,18 @@ class CausalLM(nn.Module):
             cache: keys and values of the tokens before these; the new ones are appended.
             gradient_checkpointing: keep only each block's input and compute the block again in the backward pass:
                 about a third more time for a fraction of the activation memory.
+            shared_prefix: (length, rows) if the input is one flat sequence: a prefix, then the rows that go on from it.
         """
         model = self.model
         b, s = input_ids_bs.shape
         if documents_bs is None and cache is not None:
             documents_bs = input_ids_bs.new_zeros(b, s)
         documents_bt = documents_bs if cache is None or documents_bs is None else cache.add_documents(documents_bs)
-        mask = None if documents_bs is None or documents_bt is None else document_mask(documents_bs, documents_bt)
+        if shared_prefix is not None:
+            attend = partial(after_prefix, self.attention, *shared_prefix)
+        else:
+            mask = None if documents_bs is None or documents_bt is None else document_mask(documents_bs, documents_bt)
+            attend = partial(self.attention, mask=mask)
         if positions_bs is None:
             past = 0 if documents_bt is None else documents_bt.shape[1] - s
             positions_bs = torch.arange(past, past + s, device=input_ids_bs.device).unsqueeze(0)
@@ -97,9 +105,9 @@ class CausalLM(nn.Module):
         rotation = cos_sin(positions_bs, frequency, x_bsd.dtype)
         for index, block in enumerate(model.layers):
             if gradient_checkpointing:
-                x_bsd = checkpoint(block, x_bsd, rotation, mask, use_reentrant=False)
+                x_bsd = checkpoint(block, x_bsd, rotation, attend, use_reentrant=False)
             else:
-                x_bsd = block(x_bsd, rotation, mask, cache.layers[index] if cache is not None else None)
+                x_bsd = block(x_bsd, rotation, attend, cache.layers[index] if cache is not None else None)
         return model.norm(x_bsd)
 
     def forward(

@@ -4,15 +4,19 @@ Attribute names are the parameter names of Hugging Face checkpoints (`self_attn.
 no key map, and an adapter written here finds its place there.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minift.model.attention import ATTENTION
 from minift.model.cache import LayerCache
 from minift.model.config import ModelConfig
 from minift.model.rope import apply_rope
+
+# Attention with everything but q, k and v decided: which kernel, who may see whom (see decoder.py).
+QKV = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -73,23 +77,20 @@ class GatedMLP(nn.Module):
 class SelfAttention(nn.Module):
     """Project to queries, keys and values, turn by position, attend, project back."""
 
-    def __init__(self, config: ModelConfig, attention: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.head_dim = head
-        self.attend = ATTENTION[attention]
         self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias)
 
-    def forward(
-        self, x_bsd: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_bsd: Tensor, rotation: tuple[Tensor, Tensor], attend: QKV, cache: LayerCache | None) -> Tensor:
         q_bhse, k_bgse, v_bgse = (self._heads(project(x_bsd)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q_bhse, k_bgse = apply_rope(q_bhse, *rotation), apply_rope(k_bgse, *rotation)
         k_bgte, v_bgte = cache.append(k_bgse, v_bgse) if cache is not None else (k_bgse, v_bgse)
-        out_bhse = self.attend(q_bhse, k_bgte, v_bgte, mask, self.head_dim**-0.5)
+        out_bhse = attend(q_bhse, k_bgte, v_bgte)
         return self.o_proj(out_bhse.transpose(1, 2).flatten(2))
 
     def _heads(self, x_bsd: Tensor) -> Tensor:
@@ -99,15 +100,15 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then + mlp(norm(x)): normalization before each part, so gradients have a straight way."""
 
-    def __init__(self, config: ModelConfig, attention: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, attention)
+        self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, x_bsd: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None = None
+        self, x_bsd: Tensor, rotation: tuple[Tensor, Tensor], attend: QKV, cache: LayerCache | None = None
     ) -> Tensor:
-        x_bsd = x_bsd + self.self_attn(self.input_layernorm(x_bsd), rotation, mask, cache)
+        x_bsd = x_bsd + self.self_attn(self.input_layernorm(x_bsd), rotation, attend, cache)
         return x_bsd + self.mlp(self.post_attention_layernorm(x_bsd))

@@ -109,10 +109,14 @@ def read_tensors(files: list[Path], progress: str | None = None) -> Iterator[tup
             try:
                 with safe_open(path, framework="pt") as handle:
                     names = list(handle.keys())
-                    bar.total = (bar.total or 0) + len(names)
-                    for name in names:
-                        yield name, handle.get_tensor(name)
-                        bar.update()
+                bar.total = (bar.total or 0) + len(names)
+                for name in names:
+                    # safe_open maps the file, and pages once read count as memory until it is closed: so one at a time.
+                    with safe_open(path, framework="pt") as handle:
+                        tensor = handle.get_tensor(name)
+                    yield name, tensor
+                    del tensor
+                    bar.update()
             except SafetensorError as error:
                 raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 

@@ -33,6 +33,9 @@ class TrainConfig:
     )
     max_length: int = _setting(1024, "Cut rows after this many tokens; with packing, the length of a packed row.")
     packing: str = _setting("none", "Put several documents in one row: whole (bfd) or cut (wrapped).", PACKING)
+    share_prefix: bool = _setting(
+        True, "Compute the beginning that all rows of a micro-batch share only once (exact; not with dropout)."
+    )
     shuffle: bool = _setting(True, "Draw the rows of each epoch in an order fixed by the seed.")
     gradient_checkpointing: bool = _setting(False, "Recompute activations: a third slower, far less memory.")
     seed: int = _setting(0, "Seed of data order and dropout.")

@@ -22,7 +22,7 @@ import torch
 from minift.adapters.files import save_adapter
 from minift.adapters.inject import lora_layers
 from minift.atomic import atomic_file
-from minift.data.collate import Batch, collate, stack
+from minift.data.collate import Batch, collate, share_prefix, stack
 from minift.data.encode import Example, encode
 from minift.data.formats import Row
 from minift.data.packing import pack
@@ -174,7 +174,8 @@ class Plan:
         first = within * size * self.config.gradient_accumulation
         chosen = order[first : first + size * self.config.gradient_accumulation]
         groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        return [stack([self.rows[index] for index in group], self.pad_id) for group in groups]
+        batches = [stack([self.rows[index] for index in group], self.pad_id) for group in groups]
+        return [share_prefix(batch) for batch in batches] if self.config.share_prefix else batches
 
 
 def write_log(path: Path, config: TrainConfig, model_name: str, steps: Sequence[StepRecord]) -> None:

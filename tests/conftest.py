@@ -1,0 +1,44 @@
+"""What every test shares: no network, the tiny checkpoints, the real model."""
+
+import os
+from pathlib import Path
+
+import peers
+import pytest
+import torch
+
+# The peers must not look for a hub, also in the processes that tests start.
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint (2 layers, width 64, 4 heads on 2, tied) with tokenizer and ChatML template."""
+    return Path(peers.tiny_llama(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with odd sizes (width 65, MLP 131, 5 heads on 1) and a head of its own."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-odd"
+    return Path(peers.tiny_llama(folder, tied=False, heads=5, kv_heads=1, hidden=65))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """SmolLM2-135M-Instruct, fetched as a user would; the tests that need it fail where it cannot be had."""
+    from minift.sources.resolve import resolve
+
+    offline = os.environ.pop("HF_HUB_OFFLINE", None)
+    try:
+        return resolve("smollm2-135m-instruct")
+    finally:
+        if offline is not None:
+            os.environ["HF_HUB_OFFLINE"] = offline
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness() -> None:
+    torch.manual_seed(0)
