@@ -43,8 +43,15 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that are not padding."""
-        return int((self.documents_bs >= 0).sum())
+        """Number of tokens that are not padding; a shared prefix counts once for each row."""
+        prefix, rows = self.shared_prefix or (0, 1)
+        return int((self.documents_bs >= 0).sum()) + prefix * (rows - 1)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether attention must look at the documents. Rows of one document that are padded on the right need only
+        causal attention, because no real token comes after padding."""
+        return bool((self.documents_bs > 0).any() or (self.documents_bs[:, 0] < 0).any())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
@@ -72,8 +79,8 @@ def stack(rows: Sequence[Batch], pad_id: int, padding_side: Literal["left", "rig
         sides = (missing, 0) if padding_side == "left" else (0, missing)
         return torch.nn.functional.pad(tensor_bs, sides, value=filler)
 
-    columns = (torch.cat([padded(getattr(row, name), value) for row in rows]) for name, value in fillers.items())
-    return Batch(*columns)
+    columns = {name: torch.cat([padded(getattr(row, name), value) for row in rows]) for name, value in fillers.items()}
+    return Batch(**columns)
 
 
 def share_prefix(batch: Batch, least: int = 8) -> Batch:
@@ -86,8 +93,10 @@ def share_prefix(batch: Batch, least: int = 8) -> Batch:
     differ or a label counts: at a trained token each row has a loss of its own. Left as it is if fewer than `least`
     tokens, or less than a tenth of all, would be saved.
     """
+    if batch.needs_mask:
+        return batch
     rows, length = batch.input_ids_bs.shape
-    alike = (batch.input_ids_bs == batch.input_ids_bs[0]).all(0) & (batch.documents_bs == 0).all(0)
+    alike = (batch.input_ids_bs == batch.input_ids_bs[0]).all(0) & (batch.documents_bs >= 0).all(0)
     # The prefix's last token predicts the first token after it, so that one must be untrained, too.
     untrained = (batch.labels_bs == IGNORE).all(0)
     untrained[0] = True  # nothing predicts the first token
@@ -110,10 +119,9 @@ def collate(examples: Sequence[Example], pad_id: int, padding_side: Literal["lef
 def _row(examples: Sequence[Example]) -> Batch:
     if not examples:
         raise ValueError("nothing to collate: no examples")
-    columns = (
-        [token for example in examples for token in example.input_ids],
-        [label for example in examples for label in example.labels],
-        [position for example in examples for position in range(len(example))],
-        [number for number, example in enumerate(examples) for _ in range(len(example))],
+    return Batch(
+        input_ids_bs=torch.tensor([[token for example in examples for token in example.input_ids]]),
+        labels_bs=torch.tensor([[label for example in examples for label in example.labels]]),
+        positions_bs=torch.tensor([[position for example in examples for position in range(len(example))]]),
+        documents_bs=torch.tensor([[number for number, example in enumerate(examples) for _ in range(len(example))]]),
     )
-    return Batch(*(torch.tensor([column]) for column in columns))

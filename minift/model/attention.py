@@ -82,7 +82,7 @@ def after_prefix(attend: Attend, prefix: int, rows: int, q_bhse: Tensor, k_bgse:
     The rows' outputs and gradients are those they would have with the prefix in front of each of them; the prefix's own
     gradient is the sum over the rows. Rows may be padded on the right: no real token comes after padding.
     """
-    shared = attend(*(x[:, :, :prefix] for x in (q_bhse, k_bgse, v_bgse)), None)
+    shared = attend(q_bhse[:, :, :prefix], k_bgse[:, :, :prefix], v_bgse[:, :, :prefix], None)
 
     def own(x: Tensor) -> Tensor:  # [1, h, rows * s, e] -> [rows, h, s, e]
         return x[0, :, prefix:].unflatten(1, (rows, -1)).transpose(0, 1)

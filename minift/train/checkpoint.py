@@ -78,6 +78,11 @@ def newest_checkpoint(output: Path) -> Path | None:
     return (_checkpoints(output) or [None])[-1]
 
 
+def remove_checkpoints(output: Path) -> None:
+    """Delete the checkpoints of an earlier run in the same folder."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
 def load_checkpoint(
     folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, identity: str
 ) -> list[dict[str, Any]]:

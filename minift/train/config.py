@@ -41,7 +41,9 @@ class TrainConfig:
     seed: int = _setting(0, "Seed of data order and dropout.")
     output_dir: str = _setting("minift-run", "Folder for checkpoints, log and the trained adapter.")
     save_every: int = _setting(0, "Steps between checkpoints; 0 saves one at the end or when stopped.")
-    resume: bool = _setting(False, "Go on from the newest checkpoint in output_dir, if there is one.")
+    resume: bool = _setting(
+        False, "Go on from the newest checkpoint in output_dir, if there is one; else those there are deleted."
+    )
     log_every: int = _setting(1, "Steps between entries of the log.")
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from minift.model.decoder import CausalLM
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
 from minift.optim.schedule import lr_factor
-from minift.train.checkpoint import fingerprint, load_checkpoint, newest_checkpoint, save_checkpoint
+from minift.train.checkpoint import fingerprint, load_checkpoint, newest_checkpoint, remove_checkpoints, save_checkpoint
 from minift.train.config import TrainConfig
 from minift.train.progress import progress_bar
 from minift.train.step import train_step
@@ -84,7 +84,10 @@ def train(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Row], config: Tr
     if not parameters:
         raise ValueError("nothing to train: no parameter requires a gradient; call add_lora first")
     examples = encode_rows(tokenizer, rows, config)
-    plan = Plan(prepare(examples, tokenizer, config), tokenizer.pad_id or 0, config)
+    # With dropout, rows that share a prefix would also share which of its numbers are dropped.
+    dropout = any(c.dropout for layer in lora_layers(model).values() for c in layer.configs.values())
+    share = config.share_prefix and not dropout
+    plan = Plan(prepare(examples, tokenizer, config), tokenizer.pad_id or 0, config, share)
     optimizer = {"adamw8bit": AdamW8bit, "adamw": AdamW}[config.optimizer](
         parameters.values(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -93,7 +96,9 @@ def train(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Row], config: Tr
     identity = fingerprint(examples, parameters, config)
     result = TrainResult(output_dir=output)
     torch.manual_seed(config.seed)
-    found = newest_checkpoint(output) if config.resume else None
+    if not config.resume:
+        remove_checkpoints(output)  # or a later resume would find those of the run before
+    found = newest_checkpoint(output)
     if found:
         result.steps = [StepRecord(**record) for record in load_checkpoint(found, parameters, optimizer, identity)]
 
@@ -157,8 +162,8 @@ class Plan:
     way).
     """
 
-    def __init__(self, rows: Sequence[Batch], pad_id: int, config: TrainConfig):
-        self.rows, self.pad_id, self.config = rows, pad_id, config
+    def __init__(self, rows: Sequence[Batch], pad_id: int, config: TrainConfig, share: bool):
+        self.rows, self.pad_id, self.config, self.share = rows, pad_id, config, share
         per_step = config.batch_size * config.gradient_accumulation
         self.steps_per_epoch = -(-len(rows) // per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
@@ -175,7 +180,7 @@ class Plan:
         chosen = order[first : first + size * self.config.gradient_accumulation]
         groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         batches = [stack([self.rows[index] for index in group], self.pad_id) for group in groups]
-        return [share_prefix(batch) for batch in batches] if self.config.share_prefix else batches
+        return [share_prefix(batch) for batch in batches] if self.share else batches
 
 
 def write_log(path: Path, config: TrainConfig, model_name: str, steps: Sequence[StepRecord]) -> None:

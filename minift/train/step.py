@@ -48,12 +48,10 @@ class StepStats:
 
 def loss_sum(model: CausalLM, batch: Batch, gradient_checkpointing: bool = False) -> Tensor:
     """Sum of -log p over the trained tokens of a batch, fp32 []."""
-    # Rows of one document that are padded right need no mask: no real token comes after padding.
-    documents_bs = batch.documents_bs if batch.documents_bs.max() > 0 or (batch.documents_bs[:, 0] < 0).any() else None
     hidden_bsd = model.hidden(
         batch.input_ids_bs,
         batch.positions_bs,
-        documents_bs,
+        batch.documents_bs if batch.needs_mask else None,
         gradient_checkpointing=gradient_checkpointing,
         shared_prefix=batch.shared_prefix,
     )
