@@ -27,14 +27,15 @@ FILLERS = {"input_ids_bs": 0, "labels_bs": IGNORE, "positions_bs": 0, "documents
 class Batch:
     """Tensors int64 [b, s].
 
-    `shared_prefix` is None, or (length, rows) of a batch that `share_prefix` laid out in one sequence.
+    `shared_prefix` is None, or how `share_prefix` laid out a batch in one sequence: the length of the prefix, and the
+    length of what follows it in each row.
     """
 
     input_ids_bs: Tensor
     labels_bs: Tensor
     positions_bs: Tensor
     documents_bs: Tensor
-    shared_prefix: tuple[int, int] | None = None
+    shared_prefix: tuple[int, tuple[int, ...]] | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -44,8 +45,8 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Number of tokens that are not padding; a shared prefix counts once for each row."""
-        prefix, rows = self.shared_prefix or (0, 1)
-        return int((self.documents_bs >= 0).sum()) + prefix * (rows - 1)
+        prefix, rows = self.shared_prefix or (0, (0,))
+        return int((self.documents_bs >= 0).sum()) + prefix * (len(rows) - 1)
 
     @property
     def needs_mask(self) -> bool:
@@ -80,18 +81,18 @@ def stack(rows: Sequence[Batch], pad_id: int, padding_side: Literal["left", "rig
         return torch.nn.functional.pad(tensor_bs, sides, value=filler)
 
     columns = {name: torch.cat([padded(getattr(row, name), value) for row in rows]) for name, value in fillers.items()}
-    return Batch(**columns)
+    return replace(rows[0], **columns)
 
 
 def share_prefix(batch: Batch, least: int = 8) -> Batch:
     """Lay a right-padded batch of one document a row out so that the beginning which all rows share is computed once.
 
-        ids   s s s a b        one sequence  s s s | a b | c .      shared_prefix (3, 2)
-              s s s c .                      prefix  row 0 row 1
+        ids   s s s a b        one sequence  s s s | a b | c      shared_prefix (3, (2, 1))
+              s s s c .                      prefix row 0 row 1
 
-    Chat rows begin with the same system message and header, often half of their tokens. The prefix ends where rows
-    differ or a label counts: at a trained token each row has a loss of its own. Left as it is if fewer than `least`
-    tokens, or less than a tenth of all, would be saved.
+    Chat rows begin with the same system message and header, often half of their tokens. Padding goes, too. The prefix
+    ends where rows differ or a label counts: at a trained token each row has a loss of its own. Left as it is if fewer
+    than `least` tokens, or less than a tenth of all, would be saved.
     """
     if batch.needs_mask:
         return batch
@@ -104,11 +105,12 @@ def share_prefix(batch: Batch, least: int = 8) -> Batch:
     prefix = int(goes_on.long().cumprod(0).sum())
     if prefix < least or prefix * (rows - 1) < 0.1 * rows * length:
         return batch
+    own = batch.documents_bs >= 0
+    own[:, :prefix] = False
     columns = {
-        name: torch.cat([getattr(batch, name)[:1, :prefix], getattr(batch, name)[:, prefix:].reshape(1, -1)], dim=1)
-        for name in FILLERS
+        name: torch.cat([getattr(batch, name)[0, :prefix], getattr(batch, name)[own]]).unsqueeze(0) for name in FILLERS
     }
-    return Batch(**columns, shared_prefix=(prefix, rows))
+    return replace(batch, **columns, shared_prefix=(prefix, tuple(own.sum(1).tolist())))
 
 
 def collate(examples: Sequence[Example], pad_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:

@@ -30,6 +30,7 @@ Sources: Attention Is All You Need, arXiv 1706.03762; GQA, arXiv 2305.13245; the
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -76,24 +77,41 @@ def sdpa(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None) ->
 ATTENTION = {"eager": eager, "sdpa": sdpa}
 
 
-def after_prefix(attend: Attend, prefix: int, rows: int, q_bhse: Tensor, k_bgse: Tensor, v_bgse: Tensor) -> Tensor:
-    """Attention of a flat sequence [1, h, prefix + rows * s, e]: every row sees the shared prefix and itself, causally.
+@dataclass(frozen=True)
+class SharedPrefix:
+    """How a flat sequence is divided: a prefix of `length` tokens, then rows of `rows[0]`, `rows[1]`, ... tokens."""
+
+    length: int
+    rows: tuple[int, ...]
+
+    def slots(self, device: torch.device) -> Tensor:
+        """Where each token behind the prefix stands once the rows are padded to the longest, int64 [sum(rows)]."""
+        longest = max(self.rows)
+        return torch.cat([torch.arange(n, device=device) + i * longest for i, n in enumerate(self.rows)])
+
+
+def after_prefix(
+    attend: Attend, shared: SharedPrefix, slots_n: Tensor, q_bhse: Tensor, k_bgse: Tensor, v_bgse: Tensor
+) -> Tensor:
+    """Attention of a flat sequence [1, h, prefix + sum(rows), e]: every row sees the prefix and itself, causally.
 
     The rows' outputs and gradients are those they would have with the prefix in front of each of them; the prefix's own
-    gradient is the sum over the rows. Rows may be padded on the right: no real token comes after padding.
+    gradient is the sum over the rows. Rows are padded on the right for attention only.
     """
-    shared = attend(q_bhse[:, :, :prefix], k_bgse[:, :, :prefix], v_bgse[:, :, :prefix], None)
+    length, count, longest = shared.length, len(shared.rows), max(shared.rows)
+    prefix_out = attend(q_bhse[:, :, :length], k_bgse[:, :, :length], v_bgse[:, :, :length], None)
 
-    def own(x: Tensor) -> Tensor:  # [1, h, rows * s, e] -> [rows, h, s, e]
-        return x[0, :, prefix:].unflatten(1, (rows, -1)).transpose(0, 1)
+    def rows_of(x: Tensor) -> Tensor:  # [1, h, length + sum(rows), e] -> [count, h, longest, e]
+        padded = x.new_zeros(x.shape[1], count * longest, x.shape[3]).index_copy(1, slots_n, x[0, :, length:])
+        return padded.unflatten(1, (count, longest)).transpose(0, 1)
 
-    def with_prefix(x: Tensor) -> Tensor:  # [rows, g, prefix + s, e]
-        return torch.cat([x[:, :, :prefix].expand(rows, -1, -1, -1), own(x)], dim=2)
+    def with_prefix(x: Tensor) -> Tensor:  # [count, g, length + longest, e]
+        return torch.cat([x[:, :, :length].expand(count, -1, -1, -1), rows_of(x)], dim=2)
 
-    q_rows, k_rows, v_rows = own(q_bhse), with_prefix(k_bgse), with_prefix(v_bgse)
-    mask_st = causal_mask(q_rows.shape[2], k_rows.shape[2], q_rows.device)
-    out_rows = attend(q_rows, k_rows, v_rows, mask_st)
-    return torch.cat([shared, out_rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)], dim=2)
+    mask_st = causal_mask(longest, length + longest, q_bhse.device)
+    rows_out = attend(rows_of(q_bhse), with_prefix(k_bgse), with_prefix(v_bgse), mask_st)
+    flat_out = rows_out.transpose(0, 1).flatten(1, 2).index_select(1, slots_n)
+    return torch.cat([prefix_out, flat_out.unsqueeze(0)], dim=2)
 
 
 def causal_mask(s: int, t: int, device: torch.device) -> Tensor:

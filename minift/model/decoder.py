@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.model.attention import ATTENTION, after_prefix, document_mask
+from minift.model.attention import ATTENTION, SharedPrefix, after_prefix, document_mask
 from minift.model.cache import KVCache
 from minift.model.config import ModelConfig
 from minift.model.layers import Block, RMSNorm
@@ -72,7 +72,7 @@ class CausalLM(nn.Module):
         documents_bs: Tensor | None = None,
         cache: KVCache | None = None,
         gradient_checkpointing: bool = False,
-        shared_prefix: tuple[int, int] | None = None,
+        shared_prefix: SharedPrefix | None = None,
     ) -> Tensor:
         """Final hidden states [b, s, d]; the head turns them into logits.
 
@@ -83,7 +83,7 @@ class CausalLM(nn.Module):
             cache: keys and values of the tokens before these; the new ones are appended.
             gradient_checkpointing: keep only each block's input and compute the block again in the backward pass:
                 about a third more time for a fraction of the activation memory.
-            shared_prefix: (length, rows) if the input is one flat sequence: a prefix, then the rows that go on from it.
+            shared_prefix: if the input is one flat sequence of a prefix and the rows that go on from it.
         """
         model = self.model
         b, s = input_ids_bs.shape
@@ -91,7 +91,7 @@ class CausalLM(nn.Module):
             documents_bs = input_ids_bs.new_zeros(b, s)
         documents_bt = documents_bs if cache is None or documents_bs is None else cache.add_documents(documents_bs)
         if shared_prefix is not None:
-            attend = partial(after_prefix, self.attention, *shared_prefix)
+            attend = partial(after_prefix, self.attention, shared_prefix, shared_prefix.slots(input_ids_bs.device))
         else:
             mask = None if documents_bs is None or documents_bt is None else document_mask(documents_bs, documents_bt)
             attend = partial(self.attention, mask=mask)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minift.data.collate import Batch
 from minift.data.encode import IGNORE
+from minift.model.attention import SharedPrefix
 from minift.model.decoder import CausalLM
 
 # Logits are [rows, vocabulary] in fp32: 201 MB for 1024 rows of 49,152. More rows go through in pieces of this size,
@@ -53,7 +54,7 @@ def loss_sum(model: CausalLM, batch: Batch, gradient_checkpointing: bool = False
         batch.positions_bs,
         batch.documents_bs if batch.needs_mask else None,
         gradient_checkpointing=gradient_checkpointing,
-        shared_prefix=batch.shared_prefix,
+        shared_prefix=SharedPrefix(*batch.shared_prefix) if batch.shared_prefix else None,
     )
     target_bs = batch.labels_bs[:, 1:]
     trained_bs = target_bs != IGNORE
