@@ -71,7 +71,26 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x_bsd: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_bsd)) * self.up_proj(x_bsd))
+        return self.down_proj(GateAndMultiply.apply(self.gate_proj(x_bsd), self.up_proj(x_bsd)))
+
+
+class GateAndMultiply(torch.autograd.Function):
+    """silu(gate) * up, silu(g) = g * sigmoid(g), keeping only the two inputs: autograd would keep silu(gate) as well.
+
+    d up = dy * silu(gate);    d gate = dy * up * silu'(gate)
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        (dy,) = grads
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
 
 
 class SelfAttention(nn.Module):
