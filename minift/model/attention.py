@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v, mask -> out
 
@@ -56,12 +57,42 @@ def eager(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None) -
     """Attention step by step. mask: bool, broadcastable to [b, h, s, t]; None is causal. Returns [b, h, s, e]."""
     if mask is None:
         mask = causal_mask(q_bhse.shape[2], k_bgte.shape[2], q_bhse.device)
-    k_bhte, v_bhte = repeat_heads(k_bgte, q_bhse.shape[1]), repeat_heads(v_bgte, q_bhse.shape[1])
-    score_bhst = (q_bhse @ k_bhte.transpose(2, 3)) * q_bhse.shape[-1] ** -0.5
-    score_bhst = score_bhst.masked_fill(~mask, torch.finfo(score_bhst.dtype).min)
-    # exp and the sum of t terms need fp32; the probabilities themselves fit the activation dtype.
-    probability_bhst = score_bhst.softmax(dim=-1, dtype=torch.float32).to(q_bhse.dtype)
-    return probability_bhst @ v_bhte
+    return EagerAttention.apply(q_bhse, k_bgte, v_bgte, mask)
+
+
+class EagerAttention(torch.autograd.Function):
+    """The formula and its gradient, with S = Q K^T / sqrt(e), P = softmax(S), O = P V:
+
+        dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(dP * P))    dQ = dS K / sqrt(e)    dK = dS^T Q / sqrt(e)
+
+    Only Q, K, V and P are kept for it; autograd would also keep P in fp32 and the repeated keys and values.
+    """
+
+    @staticmethod
+    def forward(ctx, q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor) -> Tensor:
+        k_bhte, v_bhte = repeat_heads(k_bgte, q_bhse.shape[1]), repeat_heads(v_bgte, q_bhse.shape[1])
+        score_bhst = (q_bhse @ k_bhte.transpose(2, 3)) * q_bhse.shape[-1] ** -0.5
+        score_bhst = score_bhst.masked_fill(~mask, torch.finfo(score_bhst.dtype).min)
+        # exp and the sum of t terms need fp32; the probabilities themselves fit the activation dtype.
+        probability_bhst = score_bhst.softmax(dim=-1, dtype=torch.float32).to(q_bhse.dtype)
+        ctx.save_for_backward(q_bhse, k_bgte, v_bgte, probability_bhst)
+        return probability_bhst @ v_bhte
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_bhse, k_bgte, v_bgte, p_bhst = ctx.saved_tensors
+        (do_bhse,) = grads
+        heads, groups, scale = q_bhse.shape[1], k_bgte.shape[1], q_bhse.shape[-1] ** -0.5
+        dv_bhte = p_bhst.transpose(2, 3) @ do_bhse
+        dp_bhst = (do_bhse @ repeat_heads(v_bgte, heads).transpose(2, 3)).float()
+        ds_bhst = p_bhst * (dp_bhst - (dp_bhst * p_bhst).sum(-1, keepdim=True))
+        ds_bhst = ds_bhst.to(q_bhse.dtype) * scale
+        dq_bhse = ds_bhst @ repeat_heads(k_bgte, heads)
+        dk_bhte = ds_bhst.transpose(2, 3) @ q_bhse
+        # A key/value head gets the gradients of all query heads that it serves.
+        dk_bgte, dv_bgte = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk_bhte, dv_bhte))
+        return dq_bhse, dk_bgte, dv_bgte, None
 
 
 def sdpa(q_bhse: Tensor, k_bgte: Tensor, v_bgte: Tensor, mask: Tensor | None) -> Tensor:

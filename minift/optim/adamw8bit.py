@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.optim.adamw import adamw_update_, check_hyperparameters
+from minift.optim.adamw import Optimizer, adamw_update_, check_hyperparameters
 from minift.quant.blockwise import TINY, dequantize_blockwise
 from minift.quant.codebooks import dynamic_map, nearest_dynamic
 
@@ -35,7 +35,7 @@ MIN_8BIT_SIZE = 4096
 CHUNK = 1 << 15
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(Optimizer):
     """AdamW with 8-bit state.
 
     Args:

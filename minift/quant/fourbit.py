@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from minift.quant.blockwise import TINY, block_absmax, dequantize_blockwise, quantize_blockwise, scale_blocks_
-from minift.quant.codebooks import codebook, nearest_4bit
+from minift.quant.codebooks import codebook, dynamic_map, nearest_4bit
 
 NESTED_BLOCKSIZE = 256
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -106,7 +106,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     for name, (found, needed) in sizes.items():
         if found != needed:
             raise ValueError(f"{name} holds {found} values; shape {state.shape} needs {needed}")
-    return dequantize_4bit_op(
+    return torch.ops.minift.dequantize_4bit(
         packed, state.absmax, state.nested_absmax, state.nested_offset,
         state.quant_type, state.blocksize, state.shape, dtype or state.dtype,
     )  # fmt: skip
@@ -131,16 +131,18 @@ def _normalize(x_n: Tensor, absmax_m: Tensor, blocksize: int) -> Tensor:
     return normalized_n  # a hair above 1 after rounding is still nearest to the last code
 
 
-# --- the operator: this body is the reference and the CPU path; a CUDA tensor goes to the Triton kernel -------------
+# --- the operator: the body below is the reference and the CPU path; a CUDA tensor goes to the Triton kernel --------
 
-
-@torch.library.custom_op(
+# Defined with torch.library's plain functions: `custom_op` would import the compiler (1.5 s, 150 MB) at the first call.
+torch.library.define(
     "minift::dequantize_4bit",
-    mutates_args=(),
-    schema="(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
     "str quant_type, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
 )
-def dequantize_4bit_op(
+
+
+@torch.library.impl("minift::dequantize_4bit", "default")
+def _dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
@@ -161,7 +163,7 @@ def dequantize_4bit_op(
     return scale_blocks_(values_n[:n], absmax, blocksize).to(dtype, copy=True).view(shape)
 
 
-@dequantize_4bit_op.register_kernel("cuda")
+@torch.library.impl("minift::dequantize_4bit", "cuda")
 def _dequantize_4bit_cuda(
     packed: Tensor,
     absmax: Tensor,
@@ -172,15 +174,13 @@ def _dequantize_4bit_cuda(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    from minift.quant.codebooks import dynamic_map
     from minift_kernels.fourbit import dequantize_4bit
 
-    code = codebook(quant_type).to(packed.device)
-    nested_code = dynamic_map(True).to(packed.device)
+    code, nested_code = (table.to(packed.device) for table in (codebook(quant_type), dynamic_map(True)))
     return dequantize_4bit(packed, absmax, code, nested_absmax, nested_offset, nested_code, blocksize, shape, dtype)
 
 
-@dequantize_4bit_op.register_fake
+@torch.library.register_fake("minift::dequantize_4bit")
 def _dequantize_4bit_fake(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
