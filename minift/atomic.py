@@ -32,10 +32,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 _flush(path)
         if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(retired / folder.name)
-            temporary.rename(folder)
-            shutil.rmtree(retired)
+            _replace(folder, temporary)
         else:
             temporary.rename(folder)
     finally:
@@ -54,6 +51,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Two renames: the old folder aside, the new one in. If the second fails, the old one comes back."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    try:
+        folder.rename(aside / folder.name)
+        try:
+            new.rename(folder)
+        except BaseException:
+            (aside / folder.name).rename(folder)
+            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # only if it is empty: what could not be put back stays
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minift.adapters.inject import linear_layers, lora_layers, wrap
-from minift.adapters.lora import LoraConfig
+from minift.adapters.lora import ALL_LINEAR, LoraConfig
 from minift.atomic import atomic_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,9 +68,9 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
         "r": config.r,
         "rank_pattern": {},
         "revision": None,
-        # Spelled out: "all-linear" would mean other layers for a model with other heads.
+        # "all-linear" is spelled out: for a model with another head it would mean other layers.
         "target_modules": sorted({path.rpartition(".")[2] for path in layers})
-        if config.target_modules == "all-linear" or not isinstance(config.target_modules, str)
+        if config.target_modules == ALL_LINEAR
         else config.target_modules,
         "task_type": "CAUSAL_LM",
         "use_dora": False,

@@ -74,7 +74,7 @@ def wrap(model: nn.Module, path: str) -> LoraLinear:
     module = model.get_submodule(path)
     if not isinstance(module, LoraLinear):
         assert isinstance(module, nn.Linear | Linear4bit)
-        module = LoraLinear(module)
+        module = LoraLinear(module).train(module.training)  # or dropout would be on in an evaluated model
         model.set_submodule(path, module)
     return module
 

@@ -81,7 +81,11 @@ def stack(rows: Sequence[Batch], pad_id: int, padding_side: Literal["left", "rig
         return torch.nn.functional.pad(tensor_bs, sides, value=filler)
 
     columns = {name: torch.cat([padded(getattr(row, name), value) for row in rows]) for name, value in fillers.items()}
-    return replace(rows[0], **columns)
+    batch = replace(rows[0], **columns)
+    if padding_side == "right":
+        return batch
+    # A first token now has padding before it, which must not be trained to predict it.
+    return replace(batch, labels_bs=batch.labels_bs.masked_fill(batch.positions_bs == 0, IGNORE))
 
 
 def share_prefix(batch: Batch, least: int = 8) -> Batch:

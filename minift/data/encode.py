@@ -60,9 +60,10 @@ def encode(
     if loss_on not in LOSS_ON:
         raise ValueError(f"unknown loss_on {loss_on!r}: choose one of {', '.join(LOSS_ON)}")
     check_row(row, where)
-    ids, spans = _encode_text(tokenizer, row, loss_on, where) if _is_text(row) else _encode_chat(
-        tokenizer, row, loss_on, where
-    )  # fmt: skip
+    try:
+        ids, spans = (_encode_text if _is_text(row) else _encode_chat)(tokenizer, row, loss_on)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     labels = [IGNORE] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
@@ -81,40 +82,40 @@ def _is_text(row: Row) -> bool:
     return "messages" not in row and not isinstance(row.get("prompt"), list)
 
 
-def _encode_text(tokenizer: Tokenizer, row: Row, loss_on: LossOn, where: str) -> tuple[list[int], list[Span]]:
+def _encode_text(tokenizer: Tokenizer, row: Row, loss_on: LossOn) -> tuple[list[int], list[Span]]:
     """Plain text: the end-of-text token is appended, because no template does it."""
     if loss_on == "assistant":
-        raise ValueError(f"{where}: loss_on='assistant' needs messages, this row is plain text")
+        raise ValueError("loss_on='assistant' needs messages, this row is plain text")
     if tokenizer.eos_id is None:
-        raise ValueError(f"{where}: the tokenizer has no end-of-text token, so plain text would never end")
+        raise ValueError("the tokenizer has no end-of-text token, so plain text would never end")
     eos = tokenizer.special["eos_token"]
     prompt, text = row.get("prompt", ""), row["completion"] if "prompt" in row else row["text"]
     ids = tokenizer.encode(prompt + text + ("" if text.endswith(eos) else eos))
-    if loss_on == "all" or not prompt:
+    if loss_on == "all" or "prompt" not in row:
         return ids, [(0, len(ids))]
     return ids, [(_common(tokenizer.encode(prompt), ids), len(ids))]
 
 
-def _encode_chat(tokenizer: Tokenizer, row: Row, loss_on: LossOn, where: str) -> tuple[list[int], list[Span]]:
+def _encode_chat(tokenizer: Tokenizer, row: Row, loss_on: LossOn) -> tuple[list[int], list[Span]]:
     messages: list[Message] = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     whole = tokenizer.apply_chat_template(messages)
     ids = tokenizer.encode(whole, add_special_tokens=False)
 
     def boundary(turns: int, add_generation_prompt: bool = False) -> int:
-        """Where the first `turns` messages end in `ids`."""
-        text = tokenizer.apply_chat_template(messages[:turns], add_generation_prompt)
-        if not whole.startswith(text):
+        """Where the first `turns` messages end in `ids`, the assistant's header included if asked for."""
+        if not whole.startswith(tokenizer.apply_chat_template(messages[:turns])):
             raise ValueError(
-                f"{where}: the chat template writes the first {turns} messages differently when more follow, "
+                f"the chat template writes the first {turns} messages differently when more follow, "
                 "so it cannot be told where the answer begins; use loss_on='all' or another template"
             )
+        text = tokenizer.apply_chat_template(messages[:turns], add_generation_prompt)
         return _common(tokenizer.encode(text, add_special_tokens=False), ids)
 
     if loss_on == "all":
         return ids, [(0, len(ids))]
     if loss_on == "completion":
         if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{where}: the last message must be the assistant's for loss_on='completion'")
+            raise ValueError("the last message must be the assistant's for loss_on='completion'")
         first = len(messages) - 1 if "messages" in row else len(row["prompt"])
         return ids, [(boundary(first, True), len(ids))]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]

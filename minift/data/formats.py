@@ -26,13 +26,17 @@ def read_dataset(path: str | Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     rows = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append(_parse(line, f"{path}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+                ) from None
+            if line.strip():
+                rows.append(_parse(line, where))
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows

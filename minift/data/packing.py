@@ -27,10 +27,11 @@ def pack(examples: Sequence[Example], length: int, strategy: Strategy = "bfd") -
     """Pack documents into rows of at most `length` tokens.
 
     Returns:
-        batches of one row each, [1, s] with s <= length; `stack` puts several under each other.
+        batches of one row each, [1, s] with s <= length; `stack` puts several under each other. A row may be left with
+        no trained token if documents had to be cut; `train` refuses or drops those.
 
     Raises:
-        ValueError: unknown strategy, length < 2, no examples, or cutting left a row without a trained token.
+        ValueError: unknown strategy, length < 2, or no examples.
     """
     if length < 2:
         raise ValueError(f"packing length {length}: a row needs at least 2 tokens")

@@ -35,8 +35,8 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
-        config_path = folder / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        # Older checkpoints name their special tokens in a file of its own.
+        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         self.special = {
             key: _content(config[key])
             for key in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -50,8 +50,15 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text to ids. `add_special_tokens` lets the tokenizer put its own tokens around (BOS for Llama)."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Text to ids. `add_special_tokens` lets the tokenizer put its own tokens around (BOS for Llama).
+
+        Raises:
+            ValueError: text that is not valid Unicode (half of a surrogate pair).
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise ValueError("the text is not valid Unicode: it cannot be written as UTF-8") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
@@ -74,6 +81,19 @@ class Tokenizer:
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """Load the tokenizer of a model; `name` as in `load_model`."""
     return Tokenizer(resolve(name))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that may be missing."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
 
 
 def _content(token: str | dict[str, Any]) -> str:

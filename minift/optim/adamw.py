@@ -48,6 +48,16 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch casts loaded state to the dtype of its parameter; here it is fp32 whatever the parameter is."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, state in state_dict["state"].items():
+            if isinstance(index, int):
+                p = params[index]
+                copied = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+                self.state[p] = copied
+
 
 class AdamW(Optimizer):
     """AdamW with fp32 state.

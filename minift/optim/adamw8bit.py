@@ -60,6 +60,12 @@ class AdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        missing = sum(p.grad is None for p in params)
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(params)} parameters have no gradient; give AdamW8bit only trained ones"
+            )
         for index, group in enumerate(self.param_groups):
             large = [p for p in group["params"] if p.numel() >= MIN_8BIT_SIZE]
             small = [p for p in group["params"] if p.numel() < MIN_8BIT_SIZE]
@@ -94,10 +100,7 @@ def _padded(p: Tensor) -> int:
 
 
 def _flat_step(params: list[Tensor], state: dict[str, Any], group: dict[str, Any], update: Callable) -> None:
-    grads = [p.grad for p in params if p.grad is not None]
-    if len(grads) < len(params):
-        missing = len(params) - len(grads)
-        raise ValueError(f"{missing} of {len(params)} parameters have no gradient; give AdamW8bit only trained ones")
+    grads = [p.grad for p in params if p.grad is not None]  # all of them: step has looked
     p_n = torch.zeros(sum(map(_padded, params)), dtype=torch.float32, device=params[0].device)
     g_n = torch.zeros_like(p_n)
     torch._foreach_copy_(_views(p_n, params), params)

@@ -46,7 +46,14 @@ def quantize_blockwise(x: Tensor, code: Tensor | None = None, blocksize: int = 2
 def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor | None = None, blocksize: int = 256, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Invert `quantize_blockwise`: fp32 entry x fp32 absmax, rounded once to `dtype`. Shape of `codes`."""
+    """Invert `quantize_blockwise`: fp32 entry x fp32 absmax, rounded once to `dtype`. Shape of `codes`.
+
+    Raises:
+        ValueError: not one scale for each block.
+    """
+    blocks = -(-codes.numel() // blocksize)
+    if absmax.numel() != blocks:
+        raise ValueError(f"{codes.numel()} codes in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}")
     code = dynamic_map(True) if code is None else code
     values_n = code.to(codes.device).index_select(0, codes.reshape(-1).int())
     return scale_blocks_(values_n, absmax, blocksize).to(dtype).view(codes.shape)

@@ -34,6 +34,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from minift.numerics.dtypes import DTYPES
 from minift.quant.blockwise import TINY, block_absmax, dequantize_blockwise, quantize_blockwise, scale_blocks_
 from minift.quant.codebooks import codebook, dynamic_map, nearest_4bit
 
@@ -79,8 +80,8 @@ def quantize_4bit(
         state: what `dequantize_4bit` needs.
     """
     check_format(quant_type, blocksize)
-    if not x.is_floating_point():
-        raise ValueError(f"quantize_4bit needs a floating-point tensor, got {x.dtype}")
+    if x.dtype not in DTYPES.values():
+        raise ValueError(f"cannot quantize {x.dtype}; supported: {', '.join(DTYPES)}")
     x_n = x.detach().reshape(-1).float()
     absmax_m = block_absmax(x_n, blocksize)
     normalized_n = _normalize(x_n, absmax_m, blocksize)
@@ -99,17 +100,31 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     """Get the tensor back, in `dtype` (default: the dtype it had). Shape `state.shape`.
 
     Raises:
-        ValueError: if `packed` or the scales do not have the sizes that `state` implies.
+        ValueError: if `packed` or the scales do not have the sizes and types that `state` implies.
     """
-    n = prod(state.shape)
-    sizes = {"packed": (packed.numel(), -(-n // 2)), "absmax": (state.absmax.numel(), -(-n // state.blocksize))}
-    for name, (found, needed) in sizes.items():
-        if found != needed:
-            raise ValueError(f"{name} holds {found} values; shape {state.shape} needs {needed}")
+    check_state(packed, state)
     return torch.ops.minift.dequantize_4bit(
         packed, state.absmax, state.nested_absmax, state.nested_offset,
         state.quant_type, state.blocksize, state.shape, dtype or state.dtype,
     )  # fmt: skip
+
+
+def check_state(packed: Tensor, state: QuantState) -> None:
+    """Refuse packed codes and scales that do not belong together."""
+    n = prod(state.shape)
+    blocks = -(-n // state.blocksize)
+    nested = state.nested_absmax is not None or state.nested_offset is not None
+    needed: dict[str, tuple[Tensor | None, torch.dtype, int]] = {
+        "packed": (packed, torch.uint8, -(-n // 2)),
+        "absmax": (state.absmax, torch.uint8 if nested else torch.float32, blocks),
+    }
+    if nested:
+        needed["nested_absmax"] = (state.nested_absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE))
+        needed["nested_offset"] = (state.nested_offset, torch.float32, 1)
+    for name, (tensor, dtype, size) in needed.items():
+        if tensor is None or tensor.dtype != dtype or tensor.numel() != size:
+            found = "nothing" if tensor is None else f"{tensor.numel()} of {tensor.dtype}"
+            raise ValueError(f"{name} holds {found}; a weight of shape {state.shape} needs {size} of {dtype}")
 
 
 def check_format(quant_type: str, blocksize: int) -> None:

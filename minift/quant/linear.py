@@ -65,7 +65,7 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (grad_y,) = grads
         grad_x = grad_y @ ctx.decode() if ctx.needs_input_grad[0] else None
-        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias
 
 
@@ -147,7 +147,18 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], any float dtype -> [..., out_features] in the same dtype."""
-        return FrozenLinear.apply(x.to(self.compute_dtype), self.dequantize, self.bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return FrozenLinear.apply(x.to(self.compute_dtype), self.dequantize, bias).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear4bit":
+        """`.to(device)` moves everything; `.to(dtype)` must not round the scales, which would be another weight."""
+        scales = {name: b for name, b in self.named_buffers(recurse=False) if b.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, scale.to(moved.device))
+        return self
 
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.config.double_quant else ""
