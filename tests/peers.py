@@ -289,26 +289,26 @@ class PeerRun:
 def _config(output, **kwargs):
     from trl import SFTConfig
 
-    settings = dict(
-        output_dir=output,
-        use_cpu=True,
-        bf16=False,  # SFTConfig's default is True
-        fp16=False,
-        loss_type="nll",
-        shuffle_dataset=False,  # the default; shuffles the prepared dataset when True
-        train_sampling_strategy="sequential",  # the default "random" is a RandomSampler
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # True replaces a nan loss by an average
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        optim="adamw_torch",  # the default is adamw_torch_fused
-        weight_decay=0.0,
-        gradient_checkpointing=False,  # SFTConfig's default is True
-    )
+    settings = {
+        "output_dir": output,
+        "use_cpu": True,
+        "bf16": False,  # SFTConfig's default is True
+        "fp16": False,
+        "loss_type": "nll",
+        "shuffle_dataset": False,  # the default; shuffles the prepared dataset when True
+        "train_sampling_strategy": "sequential",  # the default "random" is a RandomSampler
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # True replaces a nan loss by an average
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "optim": "adamw_torch",  # the default is adamw_torch_fused
+        "weight_decay": 0.0,
+        "gradient_checkpointing": False,  # SFTConfig's default is True
+    }
     settings.update(kwargs)
     return SFTConfig(**settings)
 

@@ -1,0 +1,417 @@
+"""Our decoder against transformers' LlamaForCausalLM, same kernel against same kernel, on the CPU.
+
+Tiny random checkpoints for every shape and setting that a Llama config can ask for: logits, and the gradient of every
+parameter; padded, packed and quantized. The real SmolLM2-135M-Instruct: logits in fp32 and bf16, and the tokens that
+greedy decoding picks.
+
+Tolerance. Both libraries evaluate the same formula in fp32, each with a rounding error of about
+
+    E = max |theirs in fp32 - theirs in fp64|
+
+which is measured on the same input. Two such errors may add up, and E is itself one sample, so ours may differ from
+theirs by 4 E. For gradients E is taken relative to each tensor's largest entry, the worst of all tensors counting, so
+that a small tensor that happened to round luckily sets no bound of its own.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minift
+from minift.model.attention import SharedPrefix
+from minift.model.decoder import CausalLM
+from minift.model.generate import generate_tokens
+from minift.quant.linear import Linear4bit
+
+transformers = pytest.importorskip("transformers")
+
+BASE = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# With head_dim 16 and theta 10000 the wavelengths are 6, 20, 63 (left alone), 199 (on the ramp), 628, ... (slowed).
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+CASES = {
+    "GQA 4 on 2, tied": {},
+    "MQA 8 on 1": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "GQA 6 on 3, width 60": {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "MHA, untied": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "odd sizes": {
+        "hidden_size": 65,
+        "intermediate_size": 131,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 14,
+        "vocab_size": 97,
+        "tie_word_embeddings": False,
+    },
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "both biases, untied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "heads wider than the model": {"head_dim": 32},
+    "large eps, theta 500000": {"rms_norm_eps": 0.05, "rope_theta": 500000.0},
+    "one layer": {"num_hidden_layers": 1},
+    "rope linear": {"rope_parameters": {"rope_theta": 10000.0} | LINEAR},
+    "rope llama3": {"rope_parameters": {"rope_theta": 10000.0} | LLAMA3},
+}
+ATTENTION = ["eager", "sdpa"]
+
+
+def checkpoint(folder: Path, **changes: object) -> Path:
+    """A random LlamaForCausalLM in which no parameter has a value that would hide a mistake (norms 1, biases 0)."""
+    config = transformers.LlamaConfig(**(BASE | changes))
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(1 + 0.1 * torch.randn(value.shape) if "norm" in name else 0.1 * torch.randn(value.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_theirs(folder: Path, attention: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+
+
+def in_fp64(theirs: nn.Module) -> nn.Module:
+    """A copy in float64. With SDPA: in eager steps the mask, float64's lowest value, becomes -inf in fp32 softmax."""
+    model = copy.deepcopy(theirs).double()
+    model.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def assert_close(run: Callable[[nn.Module], Tensor], ours: Tensor, theirs: nn.Module) -> None:
+    """Compare `ours` with run(theirs); see the module docstring for the tolerance."""
+    with torch.no_grad():
+        expected, exact = run(theirs), run(in_fp64(theirs))
+    assert ours.shape == expected.shape
+    assert ours.dtype == expected.dtype == torch.float32
+    rounding = (expected - exact).abs().max().item()
+    assert 0 < rounding < 1e-4  # the reference itself is sound
+    assert (ours - expected).abs().max().item() <= 4 * rounding
+
+
+Gradients = dict[str, Tensor]
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Gradients:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_gradients_close(loss: Callable[[nn.Module], Tensor], ours: Gradients, theirs: nn.Module) -> None:
+    reference = in_fp64(theirs)
+    expected, exact = gradients(theirs, loss(theirs)), gradients(reference, loss(reference))
+    assert ours.keys() == expected.keys()
+    largest = {name: value.abs().max().item() for name, value in exact.items()}
+    assert min(largest.values()) > 0
+    rounding = max((expected[name] - exact[name]).abs().max().item() / largest[name] for name in exact)
+    assert 0 < rounding < 1e-3
+    for name in exact:
+        assert (ours[name] - expected[name]).abs().max().item() <= 4 * rounding * largest[name], name
+
+
+def random_ids(config: object, *shape: int) -> Tensor:
+    """Not the special tokens: transformers' embedding gives the padding token no gradient."""
+    return torch.randint(3, config.vocab_size, shape)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- shapes and settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_equal_transformers(tmp_path: Path, case: str, attention: str):
+    folder = checkpoint(tmp_path, **CASES[case])
+    ours, theirs = minift.load_model(folder, attention=attention), load_theirs(folder, attention)
+    ids = random_ids(ours.config, 3, 53)
+    assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    assert_gradients_close(lambda model: loss(model(ids).logits), gradients(ours, loss(ours(ids))), theirs)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", ["tiny", "tiny_odd"])
+def test_shared_checkpoints(request: pytest.FixtureRequest, name: str, attention: str):
+    folder = request.getfixturevalue(name)
+    ours, theirs = minift.load_model(folder, attention=attention), load_theirs(folder, attention)
+    for shape in [(1, 1), (1, 2), (2, 40)]:
+        ids = random_ids(ours.config, *shape)
+        assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)  # noqa: B023
+
+
+@pytest.mark.parametrize("type_key", ["rope_type", "type"])
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["default", "linear", "llama3"])
+def test_rope_in_the_old_spelling(tmp_path: Path, scaling: dict | None, type_key: str):
+    """Checkpoints from before transformers 5 have rope_theta and rope_scaling instead of rope_parameters."""
+    new = checkpoint(tmp_path / "new", rope_parameters={"rope_theta": 4000.0} | (scaling or {"rope_type": "default"}))
+    raw = json.loads((new / "config.json").read_text())
+    parameters = raw.pop("rope_parameters")
+    assert "rope_theta" not in raw
+    raw["rope_theta"] = parameters.pop("rope_theta")
+    parameters[type_key] = parameters.pop("rope_type")
+    raw["rope_scaling"] = parameters if scaling else None
+    old = new.rename(tmp_path / "old")
+    (old / "config.json").write_text(json.dumps(raw))
+
+    ours, theirs = minift.load_model(old, attention="eager"), load_theirs(old, "eager")
+    ids = random_ids(ours.config, 2, 200)
+    assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)
+
+
+@pytest.mark.parametrize("case", ["rope linear", "rope llama3"])
+def test_scaled_positions_matter(tmp_path: Path, case: str):
+    """The cases above would pass with any rope type if the input were too short for it to show."""
+    folder = checkpoint(tmp_path, **CASES[case])
+    ours = minift.load_model(folder)
+    ids = random_ids(ours.config, 3, 53)
+    scaled = ours(ids)
+    ours.config.rope["rope_type"] = "default"
+    assert (ours(ids) - scaled).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_gradient_checkpointing_changes_no_bit(tiny: Path, attention: str):
+    ours = minift.load_model(tiny, attention=attention)
+    ids = random_ids(ours.config, 2, 30)
+    kept = gradients(ours, ours.lm_head(ours.hidden(ids)).square().mean())
+    recomputed = gradients(ours, ours.lm_head(ours.hidden(ids, gradient_checkpointing=True)).square().mean())
+    for name, value in kept.items():
+        assert torch.equal(value, recomputed[name]), name
+
+
+# --- padding, packing, shared prefixes --------------------------------------------------------------------------------
+
+
+def padded(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
+    """True where a token is real, bool [b, s], and each token's position within its row."""
+    columns = torch.arange(max(lengths))
+    first = torch.tensor([0 if side == "right" else max(lengths) - length for length in lengths]).unsqueeze(1)
+    last = first + torch.tensor(lengths).unsqueeze(1)
+    return (columns >= first) & (columns < last), (columns - first).clamp(min=0)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[20, 7, 1], [20, 20], [1, 2]])
+def test_padding(tiny: Path, side: str, lengths: list[int], attention: str):
+    ours, theirs = minift.load_model(tiny, attention=attention), load_theirs(tiny, attention)
+    is_real, positions = padded(lengths, side)
+    ids = random_ids(ours.config, *is_real.shape)
+
+    def run(model: nn.Module) -> Tensor:
+        return model(ids, attention_mask=is_real.long(), position_ids=positions).logits[is_real]
+
+    documents = torch.where(is_real, 0, -1)
+    logits = ours(ids, positions, documents)
+    assert logits.isfinite().all()
+    assert_close(run, logits[is_real].detach(), theirs)
+    assert_gradients_close(
+        lambda model: run(model).square().mean(),
+        gradients(ours, ours(ids, positions, documents)[is_real].square().mean()),
+        theirs,
+    )
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("lengths", [[[9, 1, 14]], [[24]], [[8, 8, 8], [1, 22, 1]]])
+def test_packed_rows(tiny: Path, lengths: list[list[int]], attention: str):
+    """transformers finds the documents where position_ids restart, if it is given no attention mask."""
+    ours, theirs = minift.load_model(tiny, attention=attention), load_theirs(tiny, attention)
+    positions = torch.tensor([[p for length in row for p in range(length)] for row in lengths])
+    documents = torch.tensor([[number for number, length in enumerate(row) for _ in range(length)] for row in lengths])
+    ids = random_ids(ours.config, *positions.shape)
+
+    def run(model: nn.Module) -> Tensor:
+        return model(ids, position_ids=positions, use_cache=False).logits
+
+    assert_close(run, ours(ids, positions, documents).detach(), theirs)
+    assert_gradients_close(
+        lambda model: run(model).square().mean(),
+        gradients(ours, ours(ids, positions, documents).square().mean()),
+        theirs,
+    )
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(("prefix", "lengths"), [(12, [9, 1, 4]), (1, [5, 5]), (10, [3])])
+def test_shared_prefix(tiny: Path, prefix: int, lengths: list[int], attention: str):
+    """One flat sequence `prefix | row | row ...` against transformers on whole rows, padded right."""
+    ours, theirs = minift.load_model(tiny, attention=attention), load_theirs(tiny, attention)
+    is_real, positions = padded([prefix + length for length in lengths], "right")
+    ids = random_ids(ours.config, *is_real.shape)
+    ids[:, :prefix] = ids[0, :prefix].clone()
+    own = is_real[:, prefix:]
+
+    def flat(x_bs: Tensor) -> Tensor:
+        return torch.cat([x_bs[0, :prefix], x_bs[:, prefix:][own]]).unsqueeze(0)
+
+    def run_ours() -> Tensor:
+        shared = SharedPrefix(prefix, tuple(lengths))
+        return ours.lm_head(ours.hidden(flat(ids), flat(positions), shared_prefix=shared))[0, prefix:]
+
+    def run(model: nn.Module) -> Tensor:
+        return model(ids, attention_mask=is_real.long(), position_ids=positions).logits[:, prefix:][own]
+
+    assert_close(run, run_ours().detach(), theirs)
+    assert_gradients_close(
+        lambda model: run(model).square().mean(), gradients(ours, run_ours().square().mean()), theirs
+    )
+
+
+# --- quantized --------------------------------------------------------------------------------------------------------
+
+
+def decoded_weights(model: CausalLM) -> dict[str, Tensor]:
+    """All weights of our quantized model, by checkpoint name, as its layers multiply with them."""
+    packed = {f"{name}.weight": m.dequantize() for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    return {name: value.detach() for name, value in model.named_parameters()} | packed
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", ["tiny", "tiny_odd"])
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", minift.QuantConfig(blocksize=128, double_quant=False)])
+def test_quantized_logits_are_those_of_the_decoded_weights(
+    request: pytest.FixtureRequest, name: str, quantize: str | minift.QuantConfig, attention: str
+):
+    folder = request.getfixturevalue(name)
+    ours = minift.load_model(folder, quantize, attention=attention)
+    assert sum(isinstance(module, Linear4bit) for module in ours.modules()) == 2 * 7
+    theirs = peers.peer_base(folder, weights=decoded_weights(ours), attention=attention)
+    ids = random_ids(ours.config, 3, 25)
+    assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)
+    plain = load_theirs(folder, attention)
+    assert (ours(ids) - plain(ids).logits).abs().max() > 0.01  # it is the quantized model that was compared
+
+
+def test_quantized_logits_equal_bitsandbytes(tiny: Path):
+    """Without double quantization its CPU is exact (with it, the nested codes come from a coarse table), at least for
+    rows of whole blocks: 0.50.2 decodes rows of 80 values with the scales of other blocks."""
+    pytest.importorskip("bitsandbytes")
+    ours = minift.load_model(tiny, minift.QuantConfig(double_quant=False))
+    weights = peers.peer_nf4_weights(tiny, double_quant=False)
+    decoded = decoded_weights(ours)
+    assert decoded.keys() == weights.keys()
+    for key, value in decoded.items():
+        assert torch.equal(value, weights[key]), key
+    ids = random_ids(ours.config, 3, 25)
+    theirs = peers.peer_base(tiny, weights=weights)
+    assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)
+    # bitsandbytes' own product from packed weights may round as theirs does.
+    with torch.no_grad():
+        rounding = (theirs(ids).logits - in_fp64(theirs)(ids).logits).abs().max()
+        packed = peers.peer_base(tiny, double_quant=False)
+        assert (ours(ids) - packed(ids).logits).abs().max() <= 4 * rounding
+
+
+# --- the real model ---------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The capital of France is Paris.",
+    "In 1969, 3 astronauts flew 384,400 km:\n  1. Armstrong\n  2. Aldrin\n\n10 days later ...",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
+]
+PROMPTS = [
+    "What is the capital of France?",
+    "Count from 7 to 12.",
+    "Write one sentence about the sea.",
+    "A train leaves at 9:45 and arrives at 11:20. How long does it take?",
+    "Translate 'good morning' into Spanish, and say why.",
+]
+
+
+@pytest.fixture(scope="module")
+def real_ids(real: Path) -> list[Tensor]:
+    tokenizer = minift.load_tokenizer(real)
+    return [torch.tensor([tokenizer.encode(text)]) for text in TEXTS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_logits(real: Path, real_ids: list[Tensor], dtype: torch.dtype):
+    """The yardstick of rounding in either dtype: how far transformers' own two kernels are from each other."""
+    with torch.no_grad():
+        theirs = {}
+        for attention in ATTENTION:
+            model = load_theirs(real, attention, dtype)
+            theirs[attention] = [model(ids).logits for ids in real_ids]
+        rounding = max((a - b).abs().max().item() for a, b in zip(*theirs.values(), strict=True))
+        # fp32 carries 24 bits, bf16 8: 2^16 times the rounding, of logits up to about 30.
+        assert 0 < rounding < (1e-3 if dtype is torch.float32 else 4.0)
+        for attention, expected in theirs.items():
+            model = minift.load_model(real, dtype=dtype, attention=attention)
+            for ids, logits in zip(real_ids, expected, strict=True):
+                ours = model(ids)
+                assert ours.dtype == logits.dtype == dtype
+                assert (ours - logits).abs().max().item() <= rounding, attention
+
+
+def test_real_nf4_logits(real: Path, real_ids: list[Tensor]):
+    ours = minift.load_model(real, "nf4", dtype=torch.float32, attention="eager")
+    weights = decoded_weights(ours)
+    with torch.no_grad():
+        theirs = peers.peer_base(real, weights=weights, attention="eager")
+        other_kernel = peers.peer_base(real, weights=weights, attention="sdpa")
+        for ids in real_ids:
+            expected = theirs(ids).logits
+            rounding = (expected - other_kernel(ids).logits).abs().max().item()
+            assert (ours(ids) - expected).abs().max().item() <= rounding
+
+
+@pytest.fixture(scope="module")
+def greedy(real: Path) -> tuple[CausalLM, nn.Module, list[list[int]]]:
+    """Both libraries' model in fp32, and the encoded prompts, without the template's long system message."""
+    tokenizer = minift.load_tokenizer(real)
+    prompts = [tokenizer.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n") for prompt in PROMPTS]
+    return minift.load_model(real, dtype=torch.float32), load_theirs(real, "sdpa"), prompts
+
+
+def until_stop(row: list[int], stop: int) -> list[int]:
+    return row[: row.index(stop) + 1] if stop in row else row
+
+
+def test_real_greedy_tokens_equal_transformers(greedy: tuple[CausalLM, nn.Module, list[list[int]]]):
+    ours, theirs, prompts = greedy
+    (stop,) = ours.config.eos_token_ids
+    generated = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        row = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)  # pyright: ignore[reportCallIssue]
+        tokens = torch.cat(list(generate_tokens(ours, [prompt], 40, {stop}))).tolist()
+        assert tokens == row[0, len(prompt) :].tolist()
+        generated.append(tokens)
+    assert sum(map(len, generated)) > 100  # they did not all stop at once
+
+    # The same prompts side by side, padded left: each row goes on as it does alone, and stops on its own.
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    expected = theirs.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)[:, longest:].tolist()  # pyright: ignore[reportCallIssue]
+    rows = torch.stack(list(generate_tokens(ours, prompts, 40, {stop})), dim=1).tolist()
+    assert [until_stop(row, stop) for row in rows] == [until_stop(row, stop) for row in expected]
+    assert [until_stop(row, stop) for row in rows] == generated
