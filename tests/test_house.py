@@ -244,7 +244,9 @@ HEAVY = ["triton", "transformers", "peft", "trl", "bitsandbytes", "matplotlib", 
 def test_import_is_light():
     """Peers are for tests, plots and GPU kernels for those who use them. A process of its own: here all are loaded."""
     code = "import json, sys, minift; print(json.dumps(sorted(name.split('.')[0] for name in sys.modules)))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout))
     assert "torch" in loaded and "minift" in loaded

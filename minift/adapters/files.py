@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minift.adapters.inject import linear_layers, lora_layers, wrap
+from minift.adapters.inject import check_adapter_name, freeze_base, linear_layers, lora_layers, wrap
 from minift.adapters.lora import ALL_LINEAR, LoraConfig
 from minift.atomic import atomic_folder
 
@@ -35,6 +35,14 @@ OFF: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "fan_in_fan_out": (False, None),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "use_bdlora": (False, None),
+    "use_qalora": (False, None),
+    # The others (PiSSA, OLoRA, LoftQ, ...) also change the base weights, which the file does not hold.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -112,7 +120,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = "default",
         needed = [(config.r, layer.in_features), (layer.out_features, config.r)]
         if found != needed:
             raise ValueError(f"{folder}: this adapter is for another model: {path} has shapes {found}, needed {needed}")
-    model.requires_grad_(False)
+    check_adapter_name(model, adapter)
+    freeze_base(model)
     for path, pair in pairs.items():
         layer = wrap(model, path)
         layer.add(adapter, config)
@@ -139,15 +148,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         if key in content and content[key] not in allowed:
             raise ValueError(f"{path}: {key}={content[key]!r} is not supported")
     try:
-        targets = content["target_modules"]
         return LoraConfig(
             r=content["r"],
             alpha=content["lora_alpha"],
             dropout=content.get("lora_dropout", 0.0),
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            target_modules=content["target_modules"],
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -158,6 +168,12 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         reason = "only a pickle, which can run any program when opened" if pickled else f"no {WEIGHTS}"
         raise FileNotFoundError(f"{folder} holds {reason}")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors")
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {tensor.dtype}, not floating-point numbers")
+    return tensors

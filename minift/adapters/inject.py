@@ -39,13 +39,32 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, adapter: str = 
     if not targets or unmatched:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in layers})) or "none"
         raise ValueError(f"no linear layer matches target {unmatched or config.target_modules!r}; layers here: {names}")
-    model.requires_grad_(False)
+    check_adapter_name(model, adapter)
+    freeze_base(model)
     for path in targets:
         wrap(model, path).add(adapter, config)
-    for layer in lora_layers(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
     return targets
+
+
+def check_adapter_name(model: nn.Module, adapter: str) -> None:
+    """Refuse a name that is taken, or that cannot be part of a parameter's name."""
+    if not adapter or "." in adapter:
+        raise ValueError(f"adapter name {adapter!r}: must not be empty or hold a dot")
+    if any(adapter in layer.configs for layer in lora_layers(model).values()):
+        raise ValueError(f"adapter {adapter!r} exists already; choose another name")
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze everything but the adapters there are, which stay as they are."""
+    trained = [p for layer in lora_layers(model).values() for p in adapter_parameters(layer) if p.requires_grad]
+    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+
+
+def adapter_parameters(layer: LoraLinear) -> list[nn.Parameter]:
+    """A and B of every adapter of a layer."""
+    return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
 
 
 def linear_layers(model: nn.Module) -> Mapping[str, nn.Linear | Linear4bit | LoraLinear]:

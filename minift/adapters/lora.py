@@ -22,6 +22,7 @@ Sources: LoRA, arXiv 2106.09685; PEFT `tuners/lora/layer.py`.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -52,18 +53,29 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"LoRA rank must be at least 1, got {self.r}")
-        if not self.alpha > 0:
-            raise ValueError(f"LoRA alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout}")
-        if not isinstance(self.target_modules, str):
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"LoRA rank must be at least 1, got {self.r!r}")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA alpha must be positive, got {self.alpha!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if isinstance(self.target_modules, str):
+            _check_pattern(self.target_modules)
+        elif not isinstance(self.target_modules, list | tuple | set):
+            raise ValueError(f"LoRA target_modules must be a string or a list of names, got {self.target_modules!r}")
+        else:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.r
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"LoRA target_modules {pattern!r} is not a regular expression: {error}") from None
 
 
 class AddLowRank(torch.autograd.Function):
@@ -110,14 +122,12 @@ class LoraLinear(nn.Module):
 
     def add(self, adapter: str, config: LoraConfig) -> None:
         """Create and activate an adapter: A uniform in +-1/sqrt(in), B zero."""
-        if adapter in self.configs:
-            raise ValueError(f"adapter {adapter!r} exists already; choose another name")
         # On the CPU in fp32 and with PEFT's three draws (A, B, A again), so that one seed gives the same A everywhere.
         a, b = nn.Linear(self.in_features, config.r, bias=False), nn.Linear(config.r, self.out_features, bias=False)
         nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
         nn.init.zeros_(b.weight)
         device = self.base.weight.device
-        self.lora_A[adapter], self.lora_B[adapter] = a.to(device), b.to(device)
+        self.lora_A[adapter], self.lora_B[adapter] = (x.to(device).train(self.training) for x in (a, b))
         self.configs[adapter] = config
         self.active.append(adapter)
 

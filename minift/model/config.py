@@ -12,7 +12,12 @@ from typing import Any
 
 from minift.model.families import FAMILIES
 
-ROPE_TYPES = ("default", "linear", "llama3")
+# Rotary types, and the numbers that each needs (see rope.py).
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,15 @@ class ModelConfig:
 
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = {"rope_theta": float(raw["rope_theta"])} | scaling
+    rope: dict[str, Any] = {"rope_theta": float(raw["rope_theta"])} | scaling
     rope["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(
             f"{where}: rope type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
+    for key in ("rope_theta", *ROPE_TYPES[rope["rope_type"]]):
+        if not isinstance(rope.get(key), int | float) or not rope[key] > 0:
+            raise ValueError(f"{where}: rope type {rope['rope_type']!r} needs a positive {key}, got {rope.get(key)!r}")
     return rope
 
 

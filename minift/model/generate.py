@@ -40,8 +40,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must not be negative, infinite or NaN, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
@@ -155,6 +155,9 @@ def stream(
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for its other bytes
             yield text[len(shown) :]
             shown = text
+    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
+    if rest:
+        yield rest
 
 
 def _prompt(tokenizer: ChatTokenizer, messages: Sequence[dict[str, Any]]) -> list[int]:

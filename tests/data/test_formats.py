@@ -78,6 +78,16 @@ def test_unicode_is_kept_and_its_line_separators_do_not_split_a_row(tmp_path: Pa
     assert read_dataset(path) == rows
 
 
+def test_a_byte_order_mark_is_read_over_at_the_beginning_only(tmp_path: Path):
+    """Windows editors write one."""
+    path, line = tmp_path / "data.jsonl", json.dumps(GOOD[0]).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line)
+    assert read_dataset(path) == [GOOD[0]] * 2
+    path.write_bytes(line + b"\n\xef\xbb\xbf" + line)
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        read_dataset(path)
+
+
 @pytest.mark.parametrize(("row", "fault"), BAD)
 def test_a_bad_row_names_file_line_and_fault(tmp_path: Path, row: Any, fault: str):
     path = write(tmp_path / "data.jsonl", json.dumps(GOOD[0]), "", json.dumps(row), json.dumps(GOOD[1]))

@@ -213,8 +213,9 @@ def test_no_examples_and_unknown_strategies_are_refused():
         pack([Example([1, 2], [1, 2])], 8, "ffd")  # pyright: ignore[reportArgumentType]
 
 
-def test_cutting_the_whole_answer_off_is_refused():
-    """As `pack` documents; a packed row without it would look like any other."""
+def test_cutting_may_leave_a_row_without_a_trained_token():
+    """`pack` says so; it is `train` that refuses such rows, or drops them (test_loop.py)."""
     long = Example(list(range(20)), [IGNORE] * 15 + list(range(15, 20)))
-    with pytest.raises(ValueError, match="train"):
-        pack([long], 8, "bfd")
+    (row,) = pack([long], 8, "bfd")
+    assert row.trained_tokens == 0 and flat(row.input_ids_bs) == list(range(8))
+    assert [row.trained_tokens for row in pack([long], 8, "wrapped")] == [0, 1, 3]  # 16 begins the last piece

@@ -162,10 +162,10 @@ def test_gradients_equal_autograds(
     off rounding may be. Another order of the same operations may be off by twice that."""
     documents_bs = torch.tensor(documents)
     mask = document_mask(documents_bs, documents_bs)
-    qkv = random_qkv(heads, groups, 7, 7, dtype, batch=len(documents))
-    weight = torch.randn(qkv[0].shape, dtype=dtype)
+    q, k, v = random_qkv(heads, groups, 7, 7, dtype, batch=len(documents))
+    weight = torch.randn(q.shape, dtype=dtype)
     exact, theirs, ours = (
-        torch.autograd.grad((attend(*qkv, mask) * weight).sum(), qkv)
+        torch.autograd.grad((attend(q, k, v, mask) * weight).sum(), (q, k, v))
         for attend in (by_definition, their_eager, ATTENTION[kernel])
     )
     for mine, other, true in zip(ours, theirs, exact, strict=True):

@@ -214,6 +214,17 @@ def test_loss_on_every_token_equals_trl(tiny: Path, tmp_path: Path, make_model: 
     assert_same_curve(result.steps, theirs.steps)
 
 
+def test_rows_with_dropout_share_nothing(tiny: Path, tmp_path: Path, make_model: Any):
+    """Rows that share a prefix would share which of its numbers are dropped: less noise than was asked for."""
+    curves = []
+    for share in (True, False):
+        result = run(make_model(tiny, dropout=0.3), tiny, ROWS, config(tmp_path, share_prefix=share))
+        curves.append([(record.loss, record.grad_norm, record.tokens) for record in result.steps])
+    assert curves[0] == curves[1]
+    still = run(make_model(tiny), tiny, ROWS, config(tmp_path)).steps
+    assert abs(still[-1].loss - curves[0][-1][0]) > 1e-4  # the dropout was on
+
+
 # --- which rows a step sees
 
 
