@@ -6,8 +6,7 @@
         state.json                the optimizer's numbers, the records of all steps, the identity of the run
 
 A checkpoint appears under its name only when it is complete (atomic.py). The identity is a hash of what a run must not
-change half-way: the encoded rows, the trained parameters' names and shapes, and the settings that decide what a step
-does.
+change half-way: the encoded rows, the base model, the adapter, and the settings that decide what a step does.
 """
 
 import hashlib
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from minift.adapters.inject import lora_layers
 from minift.atomic import atomic_folder
 from minift.data.encode import Example
 from minift.train.config import TrainConfig
@@ -35,11 +35,16 @@ MAY_CHANGE = ("output_dir", "save_every", "resume", "log_every", "gradient_check
 KEPT = 2  # newest checkpoints that stay: the last one and, should the disk hold a damaged file, the one before
 
 
-def fingerprint(examples: Sequence[Example], parameters: Mapping[str, Tensor], config: TrainConfig) -> str:
-    """The identity of a run, as a hexadecimal hash."""
+def fingerprint(examples: Sequence[Example], model: nn.Module, config: TrainConfig) -> str:
+    """The identity of a run, as a hexadecimal hash. Of each frozen tensor the first bytes stand for the whole."""
     settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
-    shapes = {name: list(p.shape) for name, p in parameters.items()}
-    digest = hashlib.sha256(json.dumps([settings, shapes]).encode())
+    adapters = [asdict(layer.configs[name]) for layer in lora_layers(model).values() for name in layer.active]
+    digest = hashlib.sha256(json.dumps([settings, adapters]).encode())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {name in trained}".encode())
+        if name not in trained:
+            digest.update(tensor.flatten()[:64].cpu().view(torch.uint8).numpy().tobytes())
     for example in examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())
     return digest.hexdigest()
@@ -96,17 +101,20 @@ def load_checkpoint(
         trained = load_file(folder / "trainable.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
         found, numbers, steps = content["identity"], content["optimizer"], content["steps"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged ({error}); delete it to go on from the one before") from None
+        cpu_rng = tensors.pop("rng.cpu")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({error!r}); delete it to go on from the one before") from None
     if found != identity:
         raise ValueError(
             f"{folder} belongs to another run (other rows, model, adapter or settings); "
             "use another output_dir, or leave out resume"
         )
+    if trained.keys() != parameters.keys():
+        raise ValueError(f"{folder} is damaged (it lacks parameters); delete it to go on from the one before")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(trained[name])
-    torch.set_rng_state(tensors.pop("rng.cpu"))
+    torch.set_rng_state(cpu_rng)
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)

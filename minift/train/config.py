@@ -1,5 +1,6 @@
 """Every setting of a training run, each in one place: its default, its check and its help text on the command line."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -52,6 +53,7 @@ class TrainConfig:
     log_every: int = _setting(1, "Steps between entries of the log.")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for setting in fields(self):
             self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
 

@@ -12,7 +12,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +93,7 @@ def train(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Row], config: Tr
     )
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    identity = fingerprint(examples, parameters, config)
+    identity = fingerprint(examples, model, config)
     result = TrainResult(output_dir=output)
     torch.manual_seed(config.seed)
     if not config.resume:
@@ -102,32 +102,48 @@ def train(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Row], config: Tr
     if found:
         result.steps = [StepRecord(**record) for record in load_checkpoint(found, parameters, optimizer, identity)]
 
+    def save() -> None:
+        save_checkpoint(output, parameters, optimizer, identity, result.steps)
+
     was_training = model.training
     model.train()
+    try:
+        _run(model, plan, optimizer, config, result, save)
+    finally:
+        model.train(was_training)
+
+    result.finished = len(result.steps) == plan.total_steps
+    save()
+    write_log(output / "log.json", config, model.name, result.steps)
+    if result.finished and lora_layers(model):
+        result.adapter = save_adapter(model, output / "adapter")
+    return result
+
+
+def _run(
+    model: CausalLM,
+    plan: "Plan",
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    result: TrainResult,
+    save: Callable[[], object],
+) -> None:
+    """Take the steps that are missing from `result`, until the end of the plan or Ctrl-C."""
     with interruptible() as interrupted, progress_bar(plan.total_steps, len(result.steps)) as report:
         for step in range(len(result.steps), plan.total_steps):
             began = time.perf_counter()
             lr = config.lr * lr_factor(config.schedule, step, plan.total_steps, config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            stats = train_step(
-                model, plan.micro_batches(step), optimizer, config.max_grad_norm, config.gradient_checkpointing
-            )
+            batches = plan.micro_batches(step)
+            stats = train_step(model, batches, optimizer, config.max_grad_norm, config.gradient_checkpointing)
             record = StepRecord(step=step + 1, lr=lr, seconds=time.perf_counter() - began, **asdict(stats))
             result.steps.append(record)
             report(record)
             if interrupted.is_set():
-                break
+                return
             if config.save_every and (step + 1) % config.save_every == 0:
-                save_checkpoint(output, parameters, optimizer, identity, result.steps)
-    model.train(was_training)
-
-    result.finished = len(result.steps) == plan.total_steps
-    save_checkpoint(output, parameters, optimizer, identity, result.steps)
-    write_log(output / "log.json", config, model.name, result.steps)
-    if result.finished and lora_layers(model):
-        result.adapter = save_adapter(model, output / "adapter")
-    return result
+                save()
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig) -> list[Example]:

@@ -83,7 +83,8 @@ def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing
         loss = head_loss(model.lm_head, piece_nd, piece_n) / divisor
         loss.backward()
         total += loss.detach()
-    hidden_nd.backward(leaf_nd.grad)
+    if hidden_nd.requires_grad:  # not if only the head is trained
+        hidden_nd.backward(leaf_nd.grad)
     return total
 
 
@@ -108,7 +109,9 @@ def train_step(
 
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     if not (loss.isfinite() and grad_norm.isfinite()):
-        raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()}: {_first_bad(model)}")
+        message = f"loss {loss.item()}, gradient norm {grad_norm.item()}: {_first_bad(model)}"
+        optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(message)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepStats(loss.item(), grad_norm.item(), trained, sum(batch.tokens for batch in micro_batches))

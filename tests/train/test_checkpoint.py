@@ -12,6 +12,7 @@ import peers
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import minift
 from minift.data.encode import Example
@@ -119,7 +120,8 @@ FREE = {"gradient_checkpointing", "output_dir", "save_every", "resume", "log_eve
 def identity(
     examples: list[Example] = EXAMPLES, parameters: dict[str, torch.Tensor] = PARAMETERS, **settings: Any
 ) -> str:
-    return fingerprint(examples, parameters, TrainConfig(**settings))
+    model = nn.ParameterDict({name: nn.Parameter(value) for name, value in parameters.items()})
+    return fingerprint(examples, model, TrainConfig(**settings))
 
 
 def test_every_setting_has_been_thought_of():
