@@ -4,6 +4,7 @@ Exit status: 0 done, 2 bad input (one line on standard error says which), 1 fail
 is shown only with --debug.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def _lora(options: dict[str, Any]) -> Any:
 
     targets = options.pop("targets")
     names = tuple(name.strip() for name in targets.split(","))
-    is_list = targets != "all-linear" and all(name.replace("_", "").isalnum() for name in names)
+    is_list = targets != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names)
     return LoraConfig(options.pop("rank"), options.pop("alpha"), options.pop("dropout"), names if is_list else targets)
 
 

@@ -106,7 +106,8 @@ def read_tensors(files: list[Path], progress: str | None = None) -> Iterator[tup
     Raises:
         ValueError: a file that is not safetensors or is cut off.
     """
-    with tqdm(desc=progress, unit=" tensors", disable=progress is None, leave=False) as bar:
+    # None: a bar on a terminal only. Loading is short; in a log the bar would be noise.
+    with tqdm(desc=progress, unit=" tensors", disable=None if progress else True, leave=False) as bar:
         for path in files:
             try:
                 with safe_open(path, framework="pt") as handle:

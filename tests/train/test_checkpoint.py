@@ -12,7 +12,6 @@ import peers
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import minift
 from minift.data.encode import Example
@@ -107,7 +106,6 @@ def test_a_checkpoint_holds_the_trained_parameters_and_the_whole_state(output: P
 
 
 EXAMPLES = [Example([1, 2, 3], [-100, 2, 3]), Example([4, 5], [-100, 5])]
-PARAMETERS = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 OTHER_VALUES = {
     "epochs": 2, "max_steps": 5, "batch_size": 1, "gradient_accumulation": 2, "lr": 1e-5, "schedule": "cosine",
     "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "optimizer": "adamw", "loss_on": "all",
@@ -117,11 +115,26 @@ OTHER_VALUES = {
 FREE = {"gradient_checkpointing", "output_dir", "save_every", "resume", "log_every"}
 
 
-def identity(
-    examples: list[Example] = EXAMPLES, parameters: dict[str, torch.Tensor] = PARAMETERS, **settings: Any
-) -> str:
-    model = nn.ParameterDict({name: nn.Parameter(value) for name, value in parameters.items()})
-    return fingerprint(examples, model, TrainConfig(**settings))
+def small(**changed: Any) -> torch.nn.Module:
+    """A trained matrix `a`, a frozen one `b`; `changed` replaces some of that, None removes it."""
+    parts = {"a": torch.zeros(2, 3), "b": torch.ones(4)} | changed
+    model = torch.nn.Module()
+    for name, value in parts.items():
+        if value is not None:
+            model.register_parameter(name, torch.nn.Parameter(value, requires_grad=name != "b"))
+    return model
+
+
+def with_lora(**changed: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 2)})
+    settings: dict[str, Any] = {"r": 2, "alpha": 4} | changed
+    minift.add_lora(model, minift.LoraConfig(**settings))
+    return model
+
+
+def identity(examples: list[Example] = EXAMPLES, model: torch.nn.Module | None = None, **settings: Any) -> str:
+    return fingerprint(examples, model or small(), TrainConfig(**settings))
 
 
 def test_every_setting_has_been_thought_of():
@@ -152,17 +165,42 @@ def test_rows_are_part_of_the_identity(examples: list[Example]):
 
 
 @pytest.mark.parametrize(
-    "parameters",
+    "model",
     [
-        {"a": torch.zeros(2, 3)},
-        {"a": torch.zeros(3, 2), "b": torch.zeros(4)},
-        {"a": torch.zeros(2, 3), "c": torch.zeros(4)},
+        small(b=None),
+        small(c=torch.zeros(1)),
+        small(a=torch.zeros(3, 2)),
+        small(a=None, c=torch.zeros(2, 3)),
+        small(a=torch.zeros(2, 3, dtype=torch.bfloat16)),
+        small(b=torch.full((4,), 1 + 2**-23)),
+        small().requires_grad_(False),
+        small().requires_grad_(True),
     ],
-    ids=["fewer", "shape", "name"],
+    ids=["fewer", "more", "shape", "name", "dtype", "frozen-value", "all-frozen", "all-trained"],
 )
-def test_parameters_are_part_of_the_identity(parameters: dict[str, torch.Tensor]):
-    assert identity(parameters=parameters) != identity()
+def test_the_model_is_part_of_the_identity(model: torch.nn.Module):
+    assert identity(model=model) != identity()
 
 
-def test_the_values_of_the_parameters_are_not():
-    assert identity(parameters={name: p + 1 for name, p in PARAMETERS.items()}) == identity()
+@pytest.mark.parametrize("changed", [{"r": 1}, {"alpha": 8}, {"dropout": 0.1}], ids=str)
+def test_the_adapters_settings_are_part_of_the_identity(changed: dict[str, Any]):
+    assert identity(model=with_lora()) == identity(model=with_lora())
+    assert identity(model=with_lora(**changed)) != identity(model=with_lora())
+
+
+def test_what_training_changes_is_not():
+    """A run goes on with the weights of the checkpoint, whatever those in memory are."""
+    assert identity(model=small(a=torch.ones(2, 3))) == identity()
+
+
+def test_a_shared_parameter_that_is_trained_is_not_either():
+    """A tied head is the embedding under a second name."""
+
+    def tied(value: float) -> torch.nn.Module:
+        model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)})
+        shared = torch.nn.Parameter(torch.full((5, 3), value))
+        for layer in model.values():
+            layer.register_parameter("weight", shared)
+        return model
+
+    assert identity(model=tied(1.0)) == identity(model=tied(2.0))

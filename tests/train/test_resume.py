@@ -143,6 +143,20 @@ def test_full_fine_tuning_goes_on_too(
     assert equal(weights(other), weights(model))
 
 
+@pytest.mark.parametrize("r", [8, 0], ids=["lora", "all-weights"])
+def test_the_same_model_may_go_on_in_the_same_process(
+    tiny: Path, tmp_path: Path, make_model: Any, stop_after: Any, r: int
+):
+    """As in a notebook: stop, look, go on. The model in memory is not the one that the run began with."""
+    whole = run(make_model(tiny, r=r), tiny, settings(tmp_path / "whole"))
+    model = make_model(tiny, r=r)
+    stop_after(3)
+    run(model, tiny, settings(tmp_path / "parts"))
+    stop_after(10**9)
+    second = run(model, tiny, settings(tmp_path / "parts", resume=True))
+    assert numbers(second.steps) == numbers(whole.steps)
+
+
 def test_saving_does_not_disturb_a_run(tiny: Path, tmp_path: Path, make_model: Any):
     each = run(make_model(tiny, dropout=0.2), tiny, settings(tmp_path / "each", save_every=1))
     none = run(make_model(tiny, dropout=0.2), tiny, settings(tmp_path / "none", save_every=0))
