@@ -49,14 +49,13 @@ class Optimizer(torch.optim.Optimizer):
         unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch casts loaded state to the dtype of its parameter; here it is fp32 whatever the parameter is."""
+        """Load a copy. torch casts state to the dtype of its parameter; here it is fp32 whatever the parameter is."""
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
-        for index, state in state_dict["state"].items():
-            if isinstance(index, int):
-                p = params[index]
-                copied = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
-                self.state[p] = copied
+        for owner, state in state_dict["state"].items():
+            p = params[owner] if isinstance(owner, int) else params[0]
+            copied = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            self.state[p if isinstance(owner, int) else owner] = copied
 
 
 class AdamW(Optimizer):

@@ -40,10 +40,11 @@ def fingerprint(examples: Sequence[Example], model: nn.Module, config: TrainConf
     settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     adapters = [asdict(layer.configs[name]) for layer in lora_layers(model).values() for name in layer.active]
     digest = hashlib.sha256(json.dumps([settings, adapters]).encode())
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}  # not by name: a tied weight has two
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {name in trained}".encode())
-        if name not in trained:
+        is_trained = tensor.data_ptr() in trained
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {is_trained}".encode())
+        if not is_trained:
             digest.update(tensor.flatten()[:64].cpu().view(torch.uint8).numpy().tobytes())
     for example in examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())
