@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MODEL = "smollm2-135m-instruct"
-BATCH, STEPS, WARM, LR = 16, 4, 2, 1e-3
+BATCH, STEPS, WARM, LR = 16, 6, 2, 1e-3
 SETTINGS = ("as shipped", "bf16", "fp32")
 
 

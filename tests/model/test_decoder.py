@@ -310,6 +310,15 @@ def test_quantized_logits_are_those_of_the_decoded_weights(
     assert (ours(ids) - plain(ids).logits).abs().max() > 0.01  # it is the quantized model that was compared
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_quantized_layers_keep_their_biases(tmp_path: Path, attention: str):
+    folder = checkpoint(tmp_path, **CASES["both biases, untied"])
+    ours = minift.load_model(folder, "nf4", attention=attention)
+    theirs = peers.peer_base(folder, weights=decoded_weights(ours), attention=attention)
+    ids = random_ids(ours.config, 3, 25)
+    assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)
+
+
 def test_quantized_logits_equal_bitsandbytes(tiny: Path):
     """Without double quantization its CPU is exact (with it, the nested codes come from a coarse table), at least for
     rows of whole blocks: 0.50.2 decodes rows of 80 values with the scales of other blocks."""

@@ -50,6 +50,21 @@ def test_codes_are_the_nearest(n: int, blocksize: int, signed: bool):
     np.testing.assert_array_equal(absmax.numpy(), theirs_absmax)
 
 
+@pytest.mark.parametrize("absmax", [0.37, 3.3, 1e-30, 7e29])
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_on_the_thresholds(signed: bool, absmax: float):
+    """Every midpoint x absmax with its neighbours: here a division gives other codes than the reciprocal does."""
+    code = dynamic_map(signed)
+    midpoint = (code[:-1] + code[1:]) / 2 * absmax
+    around = [midpoint, *(torch.nextafter(midpoint, torch.tensor(end)) for end in (-torch.inf, torch.inf))]
+    block = torch.cat([torch.tensor([absmax]), *around])
+    codes, _ = quantize_blockwise(block.repeat(2), code, len(block))
+    theirs, _ = reference(block.repeat(2).numpy(), code.numpy(), len(block))
+    np.testing.assert_array_equal(codes.numpy(), theirs)
+    short, _ = quantize_blockwise(block, code, 4096)
+    np.testing.assert_array_equal(short.numpy(), theirs[: len(block)])
+
+
 def test_ties_go_to_the_even_index():
     """With absmax 1 the midpoints pass the scaling unchanged; those that fp32 represents exactly are ties."""
     code = dynamic_map(True)
