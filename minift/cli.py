@@ -142,7 +142,7 @@ def _say_stopped(result: Any, command: str) -> int:
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
-DEMO = {"epochs": 3, "batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 5, "output_dir": "minift-demo"}
+DEMO = {"epochs": 2, "batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 5, "output_dir": "minift-demo"}
 
 
 @cli.command()

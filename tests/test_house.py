@@ -22,7 +22,7 @@ import minift
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"minift_kernels"},
-    {"atomic", "numerics", "sources"},
+    {"atomic", "heap", "numerics", "sources"},
     {"quant"},
     {"optim", "model", "data"},
     {"adapters"},
@@ -33,7 +33,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Imports on one floor that the plan draws: converted models are written as a whole or not at all; on the roof the
 # `demo` command runs the demo, and both need what `import minift` gives.
-DRAWN = {("sources", "atomic"), ("cli", "demo"), ("cli", "roof"), ("demo", "roof")}
+DRAWN = {("sources", "atomic"), ("sources", "heap"), ("cli", "demo"), ("cli", "roof"), ("demo", "roof")}
 
 
 def source_files() -> dict[str, Path]:

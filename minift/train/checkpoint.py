@@ -131,4 +131,5 @@ def load_checkpoint(
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    return sorted((output / "checkpoints").glob("step-*"))
+    found = (output / "checkpoints").glob("step-*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))

@@ -27,6 +27,7 @@ from minift.data.encode import Example, encode
 from minift.data.formats import Row
 from minift.data.packing import pack
 from minift.data.tokenizer import Tokenizer
+from minift.heap import give_memory_back
 from minift.model.decoder import CausalLM
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
@@ -35,6 +36,8 @@ from minift.train.checkpoint import fingerprint, load_checkpoint, newest_checkpo
 from minift.train.config import TrainConfig
 from minift.train.progress import progress_bar
 from minift.train.step import train_step
+
+TRIM_EVERY = 5  # steps; each return costs some page faults, so not every one
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def _run(
             record = StepRecord(step=step + 1, lr=lr, seconds=time.perf_counter() - began, **asdict(stats))
             result.steps.append(record)
             report(record)
+            if step % TRIM_EVERY == 0:
+                give_memory_back()
             if interrupted.is_set():
                 return
             if config.save_every and (step + 1) % config.save_every == 0:

@@ -77,7 +77,7 @@ def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing
     """
     hidden_nd, target_n = trained_rows(model, batch, gradient_checkpointing)
     leaf_nd = hidden_nd.detach().requires_grad_()
-    rows = max(1, LOGITS_AT_ONCE[leaf_nd.device.type] // model.config.vocab_size)
+    rows = max(1, LOGITS_AT_ONCE.get(leaf_nd.device.type, LOGITS_AT_ONCE["cpu"]) // model.config.vocab_size)
     total = torch.zeros((), device=leaf_nd.device)
     for piece_nd, piece_n in zip(leaf_nd.split(rows), target_n.split(rows), strict=True):
         loss = head_loss(model.lm_head, piece_nd, piece_n) / divisor

@@ -389,6 +389,8 @@ def test_all_linear_leaves_the_head_alone(tiny_odd: Path):
         ((), "()"),
         ("q_proj", "q_proj"),  # a single string must match a whole path
         ("layers", "layers"),
+        (r".*\.q_pro", "q_pro"),  # to its end
+        (r"model\.layers\.0", "layers"),
     ],
 )
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are(tiny: Path, targets: Any, named: str):
@@ -487,6 +489,15 @@ def test_a_second_adapter_leaves_a_frozen_first_one_frozen(tiny: Path, tmp_path:
     assert trained_names(ours) == set()
     wrapped = minift.add_lora(ours, LoraConfig(r=2, target_modules=("q_proj", "up_proj")), adapter="second")
     assert trained_names(ours) == {f"{path}.lora_{part}.second.weight" for path in wrapped for part in "AB"}
+
+
+def test_a_second_adapter_leaves_one_in_training_in_training(tiny: Path):
+    ours = minift.load_model(tiny)
+    first = minift.add_lora(ours, LoraConfig(r=2, target_modules=("q_proj",)), adapter="first")
+    second = minift.add_lora(ours, LoraConfig(r=2, target_modules=("q_proj", "up_proj")), adapter="second")
+    expected = {f"{path}.lora_{part}.first.weight" for path in first for part in "AB"}
+    expected |= {f"{path}.lora_{part}.second.weight" for path in second for part in "AB"}
+    assert trained_names(ours) == expected
 
 
 @pytest.mark.parametrize("again", [("q_proj",), ("k_proj", "q_proj"), ("gate_proj", "q_proj")])
