@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 import minift
 from minift.adapters.inject import lora_layers
-from minift.cli import cli, main
+from minift.cli import DEMO, cli, main
 from minift.model.generate import Sampling, generate
 from minift.sources.resolve import KNOWN
 from minift.study.memory import format_table, group_layers, module_table
@@ -153,8 +153,8 @@ def test_help_of_a_command_explains_every_option(name: str):
 @pytest.mark.parametrize("name", ["demo", "train"])
 def test_every_setting_of_a_run_is_an_option_with_its_help(name: str):
     options = {option.name: option for option in cli.commands[name].params if isinstance(option, click.Option)}
-    changed = {"epochs": 3, "batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 5,
-               "output_dir": "minift-demo"} if name == "demo" else {}  # fmt: skip
+    changed = DEMO if name == "demo" else {}
+    assert DEMO.keys() <= options.keys()
     for setting in fields(minift.TrainConfig):
         option = options[setting.name]
         assert option.opts[0] == "--" + setting.name.replace("_", "-")
