@@ -29,9 +29,10 @@ from minift.data.tokenizer import Tokenizer, load_tokenizer
 from minift.model.decoder import CausalLM
 from minift.model.generate import Sampling, generate
 from minift.model.load import load_model
+from minift.model.save import save_model
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
-from minift.quant.linear import QuantConfig
+from minift.quant.config import QuantConfig
 from minift.train.config import TrainConfig
 from minift.train.loop import TrainResult, train
 
@@ -61,5 +62,6 @@ __all__ = [
     "pack",
     "read_dataset",
     "save_adapter",
+    "save_model",
     "train",
 ]

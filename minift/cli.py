@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 MODEL_HELP = "A known name (see `minift models`), a Hugging Face Hub id, a folder, or a .gguf file."
+# Written out: the names are those of the library, but `minift --help` should not wait for torch.
+FORMATS, DTYPE_NAMES = ("nf4", "fp4", "int8"), ("bfloat16", "float16", "float32")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -54,11 +56,14 @@ def model_options(default: str | None = "smollm2-135m-instruct") -> Callable:
     options = [
         click.option("--model", default=default, required=default is None, help=MODEL_HELP),
         click.option(
-            "--quantize", type=click.Choice(["nf4", "fp4", "none"]), default="nf4", help="Format of the linear layers."
+            "--quantize",
+            type=click.Choice([*FORMATS, "none"]),
+            default="nf4",
+            help="Format of the linear layers; none keeps the checkpoint's own.",
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            type=click.Choice(["auto", *DTYPE_NAMES]),
             default="auto",
             help="Type of the arithmetic; auto takes bfloat16 where this machine is fast in it.",
         ),
@@ -239,8 +244,8 @@ def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: in
 
 @cli.command()
 @click.argument("what")
-@click.option("--quantize", type=click.Choice(["nf4", "fp4", "none"]), default="none", help="As it would be loaded.")
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
+@click.option("--quantize", type=click.Choice([*FORMATS, "none"]), default="none", help="As it would be loaded.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPE_NAMES]), default="auto",
               help="As it would be loaded; auto is the checkpoint's own.")  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="A row for each layer instead of one for all alike.")
 def inspect(what: str, quantize: str, dtype: str, every: bool) -> None:
@@ -256,6 +261,34 @@ def inspect(what: str, quantize: str, dtype: str, every: bool) -> None:
     folder = Path(what) if (Path(what) / CONFIG).is_file() else resolve(what)
     rows = folder_table(folder, None if quantize == "none" else quantize, DTYPES.get(dtype))
     click.echo(format_table(rows if every else group_layers(rows)))
+
+
+@cli.command()
+@click.option("--model", default="smollm2-135m-instruct", help=MODEL_HELP)
+@click.option("--quantize", type=click.Choice(FORMATS), default="nf4", help="Format of the linear layers.")
+@click.option("--blocksize", default=64, help="4 bit: weights per scale, a power of two from 32 to 4096.")
+@click.option("--double-quant/--no-double-quant", default=True, help="4 bit: store the scales in 8 bits.")
+@click.option("--threshold", default=6.0, help="int8: inputs from this magnitude on are multiplied unquantized; 0 is off.")
+@click.option("--skip", default="lm_head", help="Modules that stay as they are: names, or ends of names, by commas.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPE_NAMES]), default="auto",
+              help="Type of everything else; auto is the checkpoint's own.")  # fmt: skip
+@click.option("--device", default="cpu", help="Where to quantize: cpu, cuda, ...")
+@click.option("--output-dir", required=True, help="Folder to write; replaced if it exists.")
+def quantize(model: str, quantize: str, dtype: str, device: str, output_dir: str, skip: str, **options: Any) -> None:
+    """Quantize a model once, and save it as a folder that minift and transformers + bitsandbytes load.
+
+    Holds the quantized model and one tensor in memory, never the whole original.
+    """
+    import minift
+    from minift.numerics.dtypes import DTYPES
+    from minift.study.memory import format_table, group_layers, module_table
+
+    names = tuple(name.strip() for name in skip.split(",") if name.strip())
+    config = minift.QuantConfig(quantize, skip=names, **options)
+    loaded = minift.load_model(model, config, DTYPES.get(dtype), device)
+    folder = minift.save_model(loaded, output_dir)
+    click.echo(format_table(group_layers(module_table(loaded))))
+    click.echo(f"Saved {folder}; use it with --model {folder} --quantize none")
 
 
 @cli.command()

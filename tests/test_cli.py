@@ -324,6 +324,43 @@ def test_inspect_an_adapter(run: Run, adapter: Path):
     assert stdout.splitlines()[-1].split() == ["total", "28", f"{4 * parameters:,}", f"{parameters:,}"]
 
 
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ([], minift.QuantConfig()),
+        (["--quantize", "int8", "--threshold", "2.5"], minift.QuantConfig("int8", threshold=2.5)),
+        (
+            ["--quantize", "fp4", "--blocksize", "32", "--no-double-quant", "--skip", "lm_head, down_proj"],
+            minift.QuantConfig("fp4", 32, False, skip=("lm_head", "down_proj")),
+        ),
+    ],
+)
+def test_quantize(run: Run, tiny: Path, tmp_path: Path, options: list[str], config: minift.QuantConfig):
+    """The folder is what the library writes with these settings, byte for byte."""
+    status, stdout, stderr = run("quantize", "--model", tiny, *options, "--output-dir", tmp_path / "ours")
+    assert (status, stderr) == (0, "")
+    minift.save_model(minift.load_model(tiny, config), tmp_path / "library")
+    for path in (tmp_path / "library").iterdir():
+        assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert config.quant_type in stdout and "without quantization state" in stdout
+    assert stdout.splitlines()[-1].startswith(f"Saved {tmp_path / 'ours'}")
+    table = run("inspect", tmp_path / "ours")[1]
+    assert table.splitlines() == stdout.splitlines()[:-1]
+    refused, _, error = run("quantize", "--model", tmp_path / "ours", "--quantize", "nf4" if "int8" in options else "int8",
+                            "--output-dir", tmp_path / "again")  # fmt: skip
+    assert refused == 2 and "quantized already" in error and not (tmp_path / "again").exists()
+
+
+def test_names_of_formats_are_the_librarys():
+    """They are written out in cli.py, so that --help is quick."""
+    from minift.cli import DTYPE_NAMES, FORMATS
+    from minift.numerics.dtypes import DTYPES
+    from minift.quant import config
+
+    assert tuple(FORMATS) == config.FORMATS
+    assert set(DTYPE_NAMES) == set(DTYPES)
+
+
 def test_models(run: Run, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINIFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -457,7 +494,9 @@ def test_a_bad_setting(run: Run, tiny: Path, data: Path, options: list, word: st
         (["train", "--data", "x", "--rnak", "3"], "--rnak"),
         (["train", "--data", "x", "--rank", "many"], "many"),
         (["train", "--data", "x", "--optimizer", "sgd"], "adamw8bit"),
-        (["train", "--data", "x", "--quantize", "int8"], "nf4"),
+        (["train", "--data", "x", "--quantize", "int4"], "nf4"),
+        (["quantize"], "--output-dir"),
+        (["quantize", "--quantize", "none", "--output-dir", "x"], "nf4"),
         (["chat", "--dtype", "float8"], "bfloat16"),
         (["inspect"], "WHAT"),
         (["teach"], "teach"),

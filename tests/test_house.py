@@ -272,14 +272,14 @@ def has_docstring(value: object) -> bool:
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [(package, name) for package in ("minift", "minift.quant") for name in importlib.import_module(package).__all__],
+    [(package, name) for package in ("minift", "minift.numerics", "minift.quant") for name in importlib.import_module(package).__all__],
 )
 def test_public_name_exists_and_is_explained(package: str, name: str):
     value = getattr(importlib.import_module(package), name)
     assert has_docstring(value), f"{package}.{name} has no docstring"
 
 
-@pytest.mark.parametrize("package", ["minift", "minift.quant"])
+@pytest.mark.parametrize("package", ["minift", "minift.numerics", "minift.quant"])
 def test_public_names_are_listed_once(package: str):
     names = importlib.import_module(package).__all__
     assert len(names) == len(set(names)) > 0

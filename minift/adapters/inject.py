@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from minift.adapters.lora import ALL_LINEAR, LoraConfig, LoraLinear
-from minift.quant.linear import Linear4bit
+from minift.quant.linear import QuantizedLinear
 
 HEAD = "lm_head"
 
@@ -67,14 +67,14 @@ def adapter_parameters(layer: LoraLinear) -> list[nn.Parameter]:
     return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
 
 
-def linear_layers(model: nn.Module) -> Mapping[str, nn.Linear | Linear4bit | LoraLinear]:
+def linear_layers(model: nn.Module) -> Mapping[str, nn.Linear | QuantizedLinear | LoraLinear]:
     """Every linear layer by path; a wrapped one appears under the path of its wrapper."""
     wrapped = lora_layers(model)
     inside = tuple(f"{path}." for path in wrapped)
     plain = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Linear4bit) and not path.startswith(inside)
+        if isinstance(module, nn.Linear | QuantizedLinear) and not path.startswith(inside)
     }
     return plain | wrapped
 
@@ -92,7 +92,7 @@ def wrap(model: nn.Module, path: str) -> LoraLinear:
     """The LoraLinear at `path`, made if there is none yet."""
     module = model.get_submodule(path)
     if not isinstance(module, LoraLinear):
-        assert isinstance(module, nn.Linear | Linear4bit)
+        assert isinstance(module, nn.Linear | QuantizedLinear)
         module = LoraLinear(module).train(module.training)  # or dropout would be on in an evaluated model
         model.set_submodule(path, module)
     return module
@@ -104,8 +104,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained parameters, and all of them; a packed 4-bit weight counts as the values it stands for."""
+    """Trained parameters, and all of them; a quantized weight counts as the values it stands for."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
-    return trained, trained + frozen + packed
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    return trained, trained + frozen + quantized

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minift.quant.linear import Linear4bit
+from minift.quant.linear import QuantizedLinear
 
 ALL_LINEAR = "all-linear"
 
@@ -112,7 +112,7 @@ class LoraLinear(nn.Module):
         active: names of the adapters that are added up.
     """
 
-    def __init__(self, base: nn.Linear | Linear4bit):
+    def __init__(self, base: nn.Linear | QuantizedLinear):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features

@@ -6,11 +6,12 @@ that answers almost right.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minift.model.families import FAMILIES
+from minift.quant.config import QuantConfig
 
 # Rotary types, and the numbers that each needs (see rope.py).
 ROPE_TYPES = {
@@ -24,7 +25,8 @@ ROPE_TYPES = {
 class ModelConfig:
     """The numbers that fix a decoder's shape and arithmetic. Names as in config.json.
 
-    `rope` holds `rope_type`, `rope_theta` and whatever the type needs (see rope.py).
+    `rope` holds `rope_type`, `rope_theta` and whatever the type needs (see rope.py). `quantization` is the format of a
+    checkpoint that is quantized already. `raw` is the whole config.json, for writing it again (save.py).
     """
 
     model_type: str
@@ -43,6 +45,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    quantization: QuantConfig | None = None
+    raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -59,7 +63,7 @@ class ModelConfig:
             eos = _read_json(generation).get("eos_token_id", raw.get("eos_token_id"))
         else:
             eos = raw.get("eos_token_id")
-        return cls.from_dict(raw | {"eos_token_id": eos}, str(path))
+        return replace(cls.from_dict(raw | {"eos_token_id": eos}, str(path)), raw=raw)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config") -> "ModelConfig":
@@ -68,11 +72,7 @@ class ModelConfig:
         if model_type not in FAMILIES:
             known = ", ".join(f"{name} ({family.source})" for name, family in FAMILIES.items())
             raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {known}")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method")
-            raise ValueError(
-                f"{where}: the checkpoint is already quantized ({method}); use the unquantized one and quantize='nf4'"
-            )
+        content, quantization = raw, raw.get("quantization_config")
         raw = FAMILIES[model_type].defaults | {key: value for key, value in raw.items() if value is not None}
 
         def need(key: str) -> int:
@@ -106,6 +106,8 @@ class ModelConfig:
             tie_word_embeddings=raw["tie_word_embeddings"],
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             dtype=str(raw.get("dtype", raw.get("torch_dtype", "float32"))),
+            quantization=QuantConfig.from_json(quantization, where) if quantization else None,
+            raw=content,
         )
 
 

@@ -3,10 +3,11 @@
     token ids -> embedding -> N x (norm, attention, norm, MLP) -> norm -> head -> logits
 
 It knows nothing of LoRA or 4-bit weights: both replace `nn.Linear` modules from outside (adapters/inject.py,
-quant/linear.py). Padding, packed documents and positions come in as two integers a token.
+quant/model.py). Padding, packed documents and positions come in as two integers a token.
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class CausalLM(nn.Module):
 
     Attributes:
         name: what the model was loaded as; adapters record it as their base.
+        folder: where its files are; None for a model that was not loaded.
     """
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
@@ -56,6 +58,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.attention = ATTENTION[attention]
         self.name = ""
+        self.folder: Path | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()

@@ -1,17 +1,21 @@
 """Loading a checkpoint without ever holding it twice.
 
     1. build the model on the meta device: shapes, no memory
-    2. swap the linears that will be quantized
+    2. swap the linears that are, or will be, quantized
     3. stream: read one tensor, cast it, put it in its place or quantize it, drop it, next
 
-So the peak is what the finished model takes plus one tensor, not the bf16 model plus the 4-bit one. Nothing is guessed:
-a tensor that is missing, left over, of another shape or cut off is named and refused. Only safetensors files are read;
-a pickle can run any program when it is opened.
+So the peak is what the finished model takes plus one tensor, not the bf16 model plus the 4-bit one. A checkpoint that
+bitsandbytes quantized is taken as it is, byte for byte (quant/checkpoint.py). Nothing is guessed: a tensor that is
+missing, left over, of another shape or cut off is named and refused. Only safetensors files are read; a pickle can run
+any program when it is opened.
 """
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +25,10 @@ from tqdm import tqdm
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.numerics.dtypes import DTYPES
-from minift.quant.linear import Linear4bit, QuantConfig, swap_linears
+from minift.quant.checkpoint import STATE, is_quantized, owners, read_fourbit, read_int8, read_record
+from minift.quant.config import QuantConfig
+from minift.quant.linear import Linear4bit, Linear8bit, QuantizedLinear
+from minift.quant.model import swap_linears
 from minift.sources.resolve import resolve
 
 
@@ -36,8 +43,9 @@ def load_model(
 
     Args:
         name: a known name (`minift models`), a Hugging Face Hub id, a folder, or a .gguf file.
-        quantize: None, "nf4", "fp4" or a QuantConfig: the decoder's linears in 4 bits with double quantization;
-            embeddings, norms and head keep `dtype`.
+        quantize: "nf4", "fp4" (with double quantization), "int8" or a QuantConfig: the format of the decoder's linears;
+            embeddings, norms and head keep `dtype`. None: as the checkpoint has them. A checkpoint that is quantized
+            already must have the format asked for.
         dtype: of weights and activations; None keeps the checkpoint's.
         device: where the model goes. Quantization happens there, too.
         attention: "sdpa" (fused) or "eager" (step by step).
@@ -49,7 +57,7 @@ def load_model(
     model = build_model(folder, quantize, dtype, attention)
     files = checkpoint_files(folder)
     _fill(model, files, torch.device(device))
-    model.name = str(name)
+    model.name, model.folder = str(name), folder
     return model.eval()
 
 
@@ -64,10 +72,28 @@ def build_model(
         dtype = DTYPES[config.dtype]
     with torch.device("meta"):
         model = CausalLM(config, attention).to(dtype)
-    quantization = QuantConfig.named(quantize)
-    if quantization is not None:
-        swap_linears(model, quantization)
+    wanted, stored = QuantConfig.named(quantize), config.quantization
+    if wanted and stored and wanted.quant_type != stored.quant_type:
+        raise ValueError(
+            f"{folder} is quantized already, in {stored.quant_type}, not {wanted.quant_type}; load it as it is "
+            "(quantize=None, --quantize none), or start from the unquantized checkpoint"
+        )
+    if stored:
+        swap_linears(model, replace(stored, blocksize=_stored_blocksize(folder)))
+    elif wanted:
+        swap_linears(model, wanted)
     return model
+
+
+def _stored_blocksize(folder: Path) -> int:
+    """The block size of a quantized checkpoint's 4-bit weights: that of the first one; the default without any."""
+    for path in checkpoint_files(folder):
+        with open_safetensors(path) as handle:
+            for name in list(handle.keys()):
+                layer, mark, _ = name.partition(f".{STATE}")
+                if mark:
+                    return read_record(handle.get_tensor(name), f"{layer}.{name}")["blocksize"]
+    return QuantConfig().blocksize
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -109,51 +135,76 @@ def read_tensors(files: list[Path], progress: str | None = None) -> Iterator[tup
     # None: a bar on a terminal only. Loading is short; in a log the bar would be noise.
     with tqdm(desc=progress, unit=" tensors", disable=None if progress else True, leave=False) as bar:
         for path in files:
-            try:
-                with safe_open(path, framework="pt") as handle:
-                    names = list(handle.keys())
-                bar.total = (bar.total or 0) + len(names)
-                for name in names:
-                    # safe_open maps the file, and pages once read count as memory until it is closed: so one at a time.
-                    with safe_open(path, framework="pt") as handle:
-                        tensor = handle.get_tensor(name)
-                    yield name, tensor
-                    del tensor
-                    bar.update()
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+            with open_safetensors(path) as handle:
+                names = list(handle.keys())
+            bar.total = (bar.total or 0) + len(names)
+            for name in names:
+                # safe_open maps the file, and pages once read count as memory until it is closed: so one at a time.
+                with open_safetensors(path) as handle:
+                    tensor = handle.get_tensor(name)
+                yield name, tensor
+                del tensor
+                bar.update()
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from. ValueError if it is not one, or is cut off."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def _fill(model: CausalLM, files: list[Path], device: torch.device) -> None:
-    expected = {name for name, _ in model.named_parameters()} | {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
+    where = files[0].parent
+    quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    expected = {name for name, _ in model.named_parameters()} | {f"{path}.weight" for path in quantized}
+    parts: dict[str, dict[str, Tensor]] = {path: {} for path in quantized}
     left_over = []
-    for name, tensor in read_tensors(files, progress=f"Loading {files[0].parent.name}"):
-        if name in expected:
+    for name, tensor in read_tensors(files, progress=f"Loading {where.name}"):
+        path = next((p for p in owners(name) if p in quantized), "")
+        if path and name != f"{path}.bias" and model.config.quantization:
+            parts[path][name.removeprefix(f"{path}.")] = tensor.to(device, copy=True)
+            expected.discard(name)
+        elif name in expected:
             _place(model, name, tensor, device)
             expected.remove(name)
         elif not _may_be_ignored(model, name):
             left_over.append(name)
+    for path, layer in quantized.items():
+        if parts[path]:
+            _place_quantized(layer, parts.pop(path), path)
     if expected:
-        raise ValueError(f"{files[0].parent} lacks {len(expected)} tensors, among them {min(expected)}")
+        raise ValueError(f"{where} lacks {len(expected)} tensors, among them {min(expected)}")
     if left_over:
-        raise ValueError(f"{files[0].parent} holds {len(left_over)} tensors that the model has not: {left_over[0]}")
+        hint = "; its config.json does not say that it is quantized" if is_quantized({*map(_leaf, left_over)}) else ""
+        raise ValueError(f"{where} holds {len(left_over)} tensors that the model has not: {left_over[0]}{hint}")
     model.tie_weights()
+
+
+def _leaf(name: str) -> str:
+    """The name of a tensor within its layer: model.layers.0.mlp.up_proj.weight.absmax -> weight.absmax."""
+    head, _, tail = name.partition(".weight.")
+    return f"weight.{tail}" if tail else head.rpartition(".")[2]
 
 
 def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, Linear4bit) and leaf == "weight":
-        shape, dtype = (module.out_features, module.in_features), module.compute_dtype
+    to_quantize = isinstance(module, QuantizedLinear) and leaf == "weight"
+    if to_quantize:
+        shape, dtype = (module.out_features, module.in_features), module.stored_dtype
     else:
         shape, dtype = tuple(getattr(module, leaf).shape), getattr(module, leaf).dtype
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} holds {tensor.dtype} instead of floating-point numbers, and config.json has no quantization_config"
+        )
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint; the model needs {shape}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} holds {tensor.dtype}; only unquantized floating-point checkpoints can be loaded")
-    if isinstance(module, Linear4bit) and leaf == "weight":
+    if to_quantize:
         try:
             module.quantize_weight(tensor.to(device, dtype))
         except ValueError as error:
@@ -161,6 +212,16 @@ def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> 
     else:
         # A copy, not a view of the mapped file: the file may be replaced while the model lives.
         setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True)))
+
+
+def _place_quantized(layer: QuantizedLinear, tensors: dict[str, Tensor], path: str) -> None:
+    shape = (layer.out_features, layer.in_features)
+    if isinstance(layer, Linear4bit):
+        if tensors.keys() == {"weight"}:
+            raise ValueError(f"{path}.weight has no quantization state, though config.json says it is quantized")
+        layer.set_packed(*read_fourbit(tensors, shape, path))
+    elif isinstance(layer, Linear8bit):
+        layer.set_codes(*read_int8(tensors, shape, path), layer.stored_dtype)
 
 
 def _may_be_ignored(model: CausalLM, name: str) -> bool:

@@ -2,19 +2,26 @@
 
 from minift.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from minift.quant.codebooks import codebook, dynamic_map
+from minift.quant.config import QuantConfig
 from minift.quant.fourbit import QuantState, dequantize_4bit, quantize_4bit
-from minift.quant.linear import Linear4bit, QuantConfig, dequantize_model, quantize_model
+from minift.quant.linear import Linear4bit, Linear8bit, QuantizedLinear
+from minift.quant.model import LayerReport, dequantize_model, format_report, quantize_model, swap_linears
 
 __all__ = [
+    "LayerReport",
     "Linear4bit",
+    "Linear8bit",
     "QuantConfig",
     "QuantState",
+    "QuantizedLinear",
     "codebook",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_model",
     "dynamic_map",
+    "format_report",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_model",
+    "swap_linears",
 ]

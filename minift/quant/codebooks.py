@@ -5,7 +5,7 @@ largest magnitude of its block. Everything here is about choosing those numbers 
 
 - **NF4** (NormalFloat, QLoRA, arXiv 2305.14314): weights are roughly normal, so the 16 values sit at quantiles of the
   normal distribution: 8 on the positive side, 7 on the negative side, and one exact 0 (padding and pruned weights stay
-  zero). The symmetric quantile table that many texts print has no zero and is not NF4.
+  zero). The symmetric table that many texts print (`symmetric_quantiles`) has no zero and is not NF4.
 - **FP4**: a 4-bit float: sign, 2 exponent bits, 1 fraction bit, scaled so that the largest value is 1. Its codes are in
   bit-pattern order, not in order of value, and two of them mean zero.
 - **dynamic map** (8-bit optimizers, arXiv 2110.02861): 256 values over seven decades; the bits that small numbers do
@@ -58,6 +58,19 @@ def _normal_float() -> Tensor:
     positive, negative = quantiles(9), [-q for q in quantiles(8)]
     values = torch.tensor(sorted([*negative, 0.0, *positive]), dtype=torch.float32)
     return values / values.max()
+
+
+def symmetric_quantiles() -> Tensor:
+    """The table that many texts print instead of NF4, fp32 [16] in rising order, for comparison only.
+
+    The quantile of the middle of each of 16 equal shares of a normal distribution, scaled to a largest value of 1:
+
+        Phi^-1((i + 1/2) / 16) / Phi^-1(31/32)      +-1, .7076, .5422, .4168, .3109, .2159, .1273, .0421
+
+    None of them is zero: a weight of exactly 0 comes back as -0.0421 or +0.0421 of the largest in its block.
+    """
+    values = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16)], dtype=torch.float64)
+    return (values / values.max()).float()
 
 
 def _four_bit_float() -> Tensor:

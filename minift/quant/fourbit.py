@@ -13,6 +13,10 @@ The layout, for a weight of n values in row-major order:
 
     0.5 bit  ->  8/64 + 32/(64*256) = 0.127 bit a value;   4.127 bits in all, 0.516 bytes a parameter
 
+**Storage dtype.** The bytes may be viewed as a tensor of another dtype (`quant_storage`), as bf16, say: FSDP shards a
+layer as one flat buffer, which needs one dtype for all of its tensors. Such numbers mean nothing, and casting them
+(`.to(dtype)` instead of `.view(dtype)`) destroys the weight.
+
 Dequantizing is fp32 entry x fp32 scale, rounded once to the output dtype, the same on every device. The scale itself is
 `nested code x nested absmax`, rounded, `+ offset`, rounded.
 
@@ -34,12 +38,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-from minift.numerics.dtypes import DTYPES
-from minift.quant.blockwise import TINY, block_absmax, dequantize_blockwise, quantize_blockwise, scale_blocks_
+from minift.quant.blockwise import (
+    BLOCKSIZES,
+    TINY,
+    block_absmax,
+    check_input,
+    check_scales,
+    dequantize_blockwise,
+    quantize_blockwise,
+    scale_blocks_,
+)
 from minift.quant.codebooks import codebook, dynamic_map, nearest_4bit
 
 NESTED_BLOCKSIZE = 256
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +76,11 @@ class QuantState:
 
 
 def quantize_4bit(
-    x: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
+    x: Tensor,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, QuantState]:
     """Quantize a floating-point tensor to packed 4-bit codes.
 
@@ -74,21 +89,26 @@ def quantize_4bit(
         quant_type: "nf4" or "fp4".
         blocksize: a power of two from 32 to 4096.
         double_quant: store the scales in 8 bits.
+        quant_storage: dtype that the packed bytes are viewed as.
 
     Returns:
-        packed: uint8 [ceil(n / 2), 1]; an odd tensor is padded with one zero.
+        packed: `quant_storage` [ceil(n / 2) / itemsize, 1]; an odd tensor is padded with one zero.
         state: what `dequantize_4bit` needs.
+
+    Raises:
+        ValueError: another dtype, type or block size; x is empty or holds NaN or infinity; the bytes do not fill whole
+            elements of `quant_storage`.
     """
     check_format(quant_type, blocksize)
-    if x.dtype not in DTYPES.values():
-        raise ValueError(f"cannot quantize {x.dtype}; supported: {', '.join(DTYPES)}")
-    x_n = x.detach().reshape(-1).float()
-    absmax_m = block_absmax(x_n, blocksize)
-    normalized_n = _normalize(x_n, absmax_m, blocksize)
-    if len(normalized_n) % 2:
-        normalized_n = torch.cat([normalized_n, normalized_n.new_zeros(1)])
-    codes_n = nearest_4bit(quant_type, x.device)(normalized_n)
-    packed = ((codes_n[::2] << 4) | codes_n[1::2]).unsqueeze(1)
+    check_input(x)
+    n_bytes = -(-x.numel() // 2)
+    if n_bytes % quant_storage.itemsize:
+        raise ValueError(
+            f"{n_bytes} packed bytes are no whole number of {quant_storage} elements; choose quant_storage=torch.uint8"
+        )
+    packed, absmax_m = torch.ops.minift.quantize_4bit(x.detach(), quant_type, blocksize)
+    check_scales(absmax_m)
+    packed = packed.view(-1).view(quant_storage).unsqueeze(1)
     if not double_quant:
         return packed, QuantState(tuple(x.shape), x.dtype, quant_type, blocksize, absmax_m)
     offset = absmax_m.mean()
@@ -99,23 +119,35 @@ def quantize_4bit(
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Get the tensor back, in `dtype` (default: the dtype it had). Shape `state.shape`.
 
+    Args:
+        packed: the bytes, in any storage dtype.
+
     Raises:
         ValueError: if `packed` or the scales do not have the sizes and types that `state` implies.
     """
     check_state(packed, state)
     return torch.ops.minift.dequantize_4bit(
-        packed, state.absmax, state.nested_absmax, state.nested_offset,
+        packed_bytes(packed), state.absmax, state.nested_absmax, state.nested_offset,
         state.quant_type, state.blocksize, state.shape, dtype or state.dtype,
     )  # fmt: skip
+
+
+def packed_bytes(packed: Tensor) -> Tensor:
+    """Packed codes of any storage dtype as uint8 [ceil(n / 2)]."""
+    return packed.reshape(-1).view(torch.uint8)
 
 
 def check_state(packed: Tensor, state: QuantState) -> None:
     """Refuse packed codes and scales that do not belong together."""
     n = prod(state.shape)
     blocks = -(-n // state.blocksize)
+    if packed.nbytes != -(-n // 2):
+        raise ValueError(
+            f"packed holds {packed.nbytes} bytes ({packed.numel()} of {packed.dtype}); "
+            f"a weight of shape {state.shape} needs {-(-n // 2)}"
+        )
     nested = state.nested_absmax is not None or state.nested_offset is not None
     needed: dict[str, tuple[Tensor | None, torch.dtype, int]] = {
-        "packed": (packed, torch.uint8, -(-n // 2)),
         "absmax": (state.absmax, torch.uint8 if nested else torch.float32, blocks),
     }
     if nested:
@@ -146,14 +178,41 @@ def _normalize(x_n: Tensor, absmax_m: Tensor, blocksize: int) -> Tensor:
     return normalized_n  # a hair above 1 after rounding is still nearest to the last code
 
 
-# --- the operator: the body below is the reference and the CPU path; a CUDA tensor goes to the Triton kernel --------
+# --- the operators: the bodies below are the reference and the CPU path; a CUDA tensor goes to the Triton kernels -----
 
 # Defined with torch.library's plain functions: `custom_op` would import the compiler (1.5 s, 150 MB) at the first call.
+torch.library.define("minift::quantize_4bit", "(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)")
 torch.library.define(
     "minift::dequantize_4bit",
     "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
     "str quant_type, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
 )
+
+
+@torch.library.impl("minift::quantize_4bit", "default")
+def _quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """x -> packed codes uint8 [ceil(n / 2), 1], scales fp32 [m]."""
+    x_n = x.reshape(-1).float()
+    absmax_m = block_absmax(x_n, blocksize)
+    normalized_n = _normalize(x_n, absmax_m, blocksize)
+    if len(normalized_n) % 2:
+        normalized_n = torch.cat([normalized_n, normalized_n.new_zeros(1)])
+    codes_n = nearest_4bit(quant_type, x.device)(normalized_n)
+    return ((codes_n[::2] << 4) | codes_n[1::2]).unsqueeze(1), absmax_m
+
+
+@torch.library.impl("minift::quantize_4bit", "cuda")
+def _quantize_4bit_cuda(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    from minift_kernels.fourbit import quantize_4bit
+
+    nearest = nearest_4bit(quant_type, x.device)
+    return quantize_4bit(x.contiguous(), nearest.boundaries, nearest.order, blocksize)
+
+
+@torch.library.register_fake("minift::quantize_4bit")
+def _quantize_4bit_fake(x, quant_type, blocksize):
+    n = x.numel()
+    return x.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), x.new_empty(-(-n // blocksize), dtype=torch.float32)
 
 
 @torch.library.impl("minift::dequantize_4bit", "default")
@@ -191,13 +250,19 @@ def _dequantize_4bit_cuda(
 ) -> Tensor:
     from minift_kernels.fourbit import dequantize_4bit
 
-    code, nested_code = (table.to(packed.device) for table in (codebook(quant_type), dynamic_map(True)))
-    return dequantize_4bit(packed, absmax, code, nested_absmax, nested_offset, nested_code, blocksize, shape, dtype)
+    weight = (None if part is None else part.contiguous() for part in (packed, absmax, nested_absmax, nested_offset))
+    return dequantize_4bit(*weight, *code_tables(quant_type, packed.device), blocksize, shape, dtype)  # pyright: ignore
 
 
 @torch.library.register_fake("minift::dequantize_4bit")
 def _dequantize_4bit_fake(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+@cache
+def code_tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 values of the type and the 256 of its nested scales, copied to the device once."""
+    return codebook(quant_type).to(device), dynamic_map(True).to(device)
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Linear layers whose frozen weight is stored in 4 bits and decoded for every use.
+"""Linear layers whose frozen weight is stored in 4 or 8 bits.
 
-QLoRA trains adapters *through* a frozen quantized weight W:
+QLoRA trains adapters *through* a frozen quantized weight W. In 4 bits:
 
     forward    y  = x  W^T + b      W = dequantize(packed), thrown away again
     backward   dx = dy W            the same W, decoded a second time;  dW is never needed
@@ -9,47 +9,28 @@ So the layer keeps neither x nor the decoded W for the backward pass: only a ref
 anyway. Compared with bitsandbytes' Linear4bit, the backward pass uses the same W as the forward pass even when the
 compute dtype differs from the dtype the weight had before (theirs rounds W to that dtype on the way back only).
 
-Dtypes: x is cast to the compute dtype, W is decoded straight to it, and y returns in the dtype of x. Quantizing is an
-explicit call (`quantize_weight`, `quantize_model`), never a side effect of `.to(device)`.
+Dtypes in 4 bits: x is cast to the compute dtype, W is decoded straight to it, and y returns in the dtype of x. In 8
+bits the product is one of integers (int8.py); y returns in the dtype of x, too. Quantizing is an explicit call
+(`quantize_weight`, `from_linear`, `quantize_model`), never a side effect of `.to(device)`.
 
-Peer: bitsandbytes `nn.Linear4bit` (peers compute a product for few rows with a kernel of its own; here every product is
-decode + matmul, so the result does not depend on the batch size).
+Without gradients and for a few rows (decoding text), a 4-bit product on a GPU is one kernel that never writes W out
+(matmul.py); everywhere else it is decode + matmul.
+
+Peers: bitsandbytes `nn.Linear4bit`, `nn.Linear8bitLt`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minift.quant.fourbit import NESTED_BLOCKSIZE, QuantState, check_format, dequantize_4bit, quantize_4bit
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How to quantize a model's linear layers.
-
-    Attributes:
-        quant_type: "nf4" or "fp4".
-        blocksize: values per scale.
-        double_quant: store the scales in 8 bits.
-        skip: names of modules (last part of the dotted path, or the whole path) that stay as they are.
-    """
-
-    quant_type: str = "nf4"
-    blocksize: int = 64
-    double_quant: bool = True
-    skip: tuple[str, ...] = ("lm_head",)
-
-    def __post_init__(self) -> None:
-        check_format(self.quant_type, self.blocksize)
-
-    @classmethod
-    def named(cls, quantize: "str | QuantConfig | None") -> "QuantConfig | None":
-        """None | "nf4" | "fp4" | QuantConfig -> QuantConfig | None."""
-        return cls(quant_type=quantize) if isinstance(quantize, str) else quantize
+from minift.quant.config import INT8, QuantConfig
+from minift.quant.fourbit import NESTED_BLOCKSIZE, QuantState, dequantize_4bit, quantize_4bit
+from minift.quant.int8 import dequantize_rows, int8_linear, quantize_weight_int8
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -69,19 +50,91 @@ class FrozenLinear(torch.autograd.Function):
         return grad_x, None, grad_bias
 
 
-class Linear4bit(nn.Module):
-    """A frozen linear layer with a packed 4-bit weight.
+class QuantizedLinear(nn.Module):
+    """What frozen quantized linear layers have in common.
 
-    Buffers: `weight` uint8 [ceil(out * in / 2), 1], `absmax` [m], and with double quantization `nested_absmax`
-    [ceil(m / 256)] and `nested_offset` []. They are empty until `quantize_weight` is called.
-
-    Args:
-        in_features, out_features, bias: as torch.nn.Linear.
+    Attributes:
+        in_features, out_features, bias: as torch.nn.Linear; the bias is not quantized.
         config: the format.
-        dtype: dtype of the weight before quantization, of the bias, and the compute dtype.
+        stored_dtype: dtype of the weight before it was quantized.
+        compute_dtype: dtype of the decoded weight.
     """
 
     weight: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        config: QuantConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config or self.default_config()
+        self.stored_dtype, self.compute_dtype = dtype, self.config.compute_dtype or dtype
+        parameter = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        self.bias = parameter if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> Self:
+        """Quantize an existing layer; its bias is shared, its weight is not changed."""
+        bias, weight = linear.bias is not None, linear.weight
+        layer = cls(linear.in_features, linear.out_features, bias, config, weight.dtype, device=weight.device)
+        layer.quantize_weight(weight)
+        if bias:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return layer
+
+    @staticmethod
+    def default_config() -> QuantConfig:
+        raise NotImplementedError
+
+    def quantize_weight(self, weight_oi: Tensor) -> None:
+        """Fill the buffers from a floating-point weight [out_features, in_features]."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The weight in the compute dtype, [out_features, in_features]."""
+        raise NotImplementedError
+
+    def _check_shape(self, weight_oi: Tensor) -> None:
+        expected = (self.out_features, self.in_features)
+        if weight_oi.shape != expected:
+            raise ValueError(f"weight has shape {tuple(weight_oi.shape)}, this layer needs {expected}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to(device)` moves everything; `.to(dtype)` must not convert codes and scales: that is another weight."""
+        held = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, before in held.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.config.label}, compute_dtype={self.compute_dtype}"
+        )
+
+
+class Linear4bit(QuantizedLinear):
+    """A frozen linear layer with a packed 4-bit weight.
+
+    Buffers: `weight` uint8 [ceil(out * in / 2), 1] (or the same bytes as `quant_storage`), `absmax` [m], and with
+    double quantization `nested_absmax` [ceil(m / 256)] and `nested_offset` []. They are empty until filled.
+
+    Args:
+        in_features, out_features, bias: as torch.nn.Linear.
+        config: the format; None is NF4 with double quantization.
+        dtype: dtype of the weight before quantization, of the bias, and of the arithmetic unless `config` names one.
+    """
+
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
@@ -95,44 +148,45 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.config = config or QuantConfig()
-        self.compute_dtype = self.stored_dtype = dtype
+        super().__init__(in_features, out_features, bias, config, dtype, device)
+        config = self.config
+        if config.quant_type == INT8:
+            raise ValueError("Linear4bit cannot hold int8; use Linear8bit")
         n = in_features * out_features
-        blocks = -(-n // self.config.blocksize)
-        nested = self.config.double_quant
+        blocks, nested = -(-n // config.blocksize), config.double_quant
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.register_buffer("weight", empty(-(-n // 2), 1, dtype=torch.uint8))
+        packed = -(-n // 2) // config.quant_storage.itemsize
+        self.register_buffer("weight", empty(packed, 1, dtype=config.quant_storage))
         self.register_buffer("absmax", empty(blocks, dtype=torch.uint8 if nested else torch.float32))
         self.register_buffer(
             "nested_absmax", empty(-(-blocks // NESTED_BLOCKSIZE), dtype=torch.float32) if nested else None
         )
         self.register_buffer("nested_offset", empty(dtype=torch.float32) if nested else None)
-        self.bias = nn.Parameter(empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> "Linear4bit":
-        """Quantize an existing layer; its bias is shared, its weight is not changed."""
-        bias, weight = linear.bias is not None, linear.weight
-        layer = cls(linear.in_features, linear.out_features, bias, config, weight.dtype, device=weight.device)
-        layer.quantize_weight(weight)
-        if bias:
-            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        return layer
+    @staticmethod
+    def default_config() -> QuantConfig:
+        return QuantConfig()
 
     def quantize_weight(self, weight_oi: Tensor) -> None:
         """Fill the buffers from a floating-point weight [out_features, in_features]."""
-        expected = (self.out_features, self.in_features)
-        if weight_oi.shape != expected:
-            raise ValueError(f"weight has shape {tuple(weight_oi.shape)}, this layer needs {expected}")
+        self._check_shape(weight_oi)
         config = self.config
-        self.weight, state = quantize_4bit(weight_oi, config.quant_type, config.blocksize, config.double_quant)
-        self.absmax, self.nested_absmax, self.nested_offset = state.absmax, state.nested_absmax, state.nested_offset
-        self.stored_dtype = weight_oi.dtype
+        self.set_packed(
+            *quantize_4bit(weight_oi, config.quant_type, config.blocksize, config.double_quant, config.quant_storage)
+        )
+
+    def set_packed(self, packed: Tensor, state: QuantState) -> None:
+        """Take over a weight that is quantized already; its format replaces the configured one."""
+        self.weight, self.absmax = packed, state.absmax
+        self.nested_absmax, self.nested_offset = state.nested_absmax, state.nested_offset
+        self.stored_dtype = state.dtype
+        self.config = replace(
+            self.config, quant_type=state.quant_type, blocksize=state.blocksize,
+            double_quant=state.nested_absmax is not None, quant_storage=packed.dtype,
+        )  # fmt: skip
 
     @property
     def quant_state(self) -> QuantState:
@@ -150,81 +204,63 @@ class Linear4bit(nn.Module):
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         return FrozenLinear.apply(x.to(self.compute_dtype), self.dequantize, bias).to(x.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear4bit":
-        """`.to(device)` moves everything; `.to(dtype)` must not round the scales, which would be another weight."""
-        scales = {name: b for name, b in self.named_buffers(recurse=False) if b.dtype == torch.float32}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, scale.to(moved.device))
-        return self
 
-    def extra_repr(self) -> str:
-        nested = ", double_quant" if self.config.double_quant else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.config.quant_type}, blocksize={self.config.blocksize}{nested}, compute_dtype={self.compute_dtype}"
-        )
+class Linear8bit(QuantizedLinear):
+    """A frozen linear layer with an int8 weight and the products of LLM.int8().
 
+    Buffers: `weight` int8 [out, in], `absmax` fp32 [out] (bitsandbytes: SCB).
 
-def swap_linears(model: nn.Module, config: QuantConfig) -> list[str]:
-    """Replace every nn.Linear that `config` does not skip by an empty Linear4bit on the same device.
-
-    Works on the meta device: nothing is allocated or computed. A head that shares its weight with the embedding is left
-    alone too, since the embedding needs its rows.
-
-    Returns:
-        names of the replaced modules.
-
-    Raises:
-        ValueError: if nothing was replaced.
+    Args:
+        in_features, out_features, bias: as torch.nn.Linear.
+        config: `QuantConfig("int8", threshold=...)`; None is that with the threshold of the paper, 6.
+        dtype: dtype of the weight before quantization, and of the bias.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    chosen = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not {name, name.rpartition(".")[2]} & set(config.skip)
-        and id(module.weight) not in embeddings
-    ]
-    if not chosen:
-        raise ValueError("nothing to quantize: the model has no linear layer that is not skipped")
-    for name, linear in chosen:
-        weight, bias = linear.weight, linear.bias is not None
-        empty = Linear4bit(linear.in_features, linear.out_features, bias, config, weight.dtype, weight.device)
-        model.set_submodule(name, empty)
-    return [name for name, _ in chosen]
+
+    absmax: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        config: QuantConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, config, dtype, device)
+        if self.config.quant_type != INT8:
+            raise ValueError(f"Linear8bit cannot hold {self.config.quant_type}; use Linear4bit")
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("absmax", torch.empty(out_features, dtype=torch.float32, device=device))
+
+    @staticmethod
+    def default_config() -> QuantConfig:
+        return QuantConfig(INT8)
+
+    def quantize_weight(self, weight_oi: Tensor) -> None:
+        """Fill the buffers from a floating-point weight [out_features, in_features]."""
+        self._check_shape(weight_oi)
+        self.set_codes(*quantize_weight_int8(weight_oi), weight_oi.dtype)
+
+    def set_codes(self, codes_oi: Tensor, absmax_o: Tensor, stored_dtype: torch.dtype) -> None:
+        """Take over a weight that is quantized already."""
+        self.weight, self.absmax, self.stored_dtype = codes_oi, absmax_o, stored_dtype
+
+    def dequantize(self) -> Tensor:
+        """The weight in the compute dtype, [out_features, in_features]."""
+        return dequantize_rows(self.weight, self.absmax, self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features], any float dtype -> [..., out_features] in the same dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return int8_linear(x, self.weight, self.absmax, bias, self.config.threshold)
 
 
-def quantize_model(model: nn.Module, quantize: str | QuantConfig = "nf4") -> list[str]:
-    """Quantize the linear layers of a model that is already in memory, one by one, in place.
-
-    Returns:
-        names of the quantized modules.
-    """
-    config = QuantConfig.named(quantize)
-    assert config is not None
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = swap_linears(model, config)
-    for name in names:
-        model.set_submodule(name, Linear4bit.from_linear(linears[name], config))
-    return names
-
-
-def dequantize_model(model: nn.Module) -> list[str]:
-    """Replace every Linear4bit by an ordinary nn.Linear with the decoded weight, in place.
-
-    The outputs stay the same to the bit: the decoded values are those the 4-bit layer multiplies with. It trades memory
-    (4x at 16 bit) for not decoding at every token, which is what slows generation down on a CPU.
-
-    Returns:
-        names of the replaced modules.
-    """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-    for name, layer in layers:
-        model.set_submodule(name, plain_linear(layer.dequantize(), layer.bias))
-    return [name for name, _ in layers]
+def empty_quantized(linear: nn.Linear, config: QuantConfig) -> QuantizedLinear:
+    """The unfilled counterpart of a linear layer, on the same device."""
+    kind = Linear8bit if config.quant_type == INT8 else Linear4bit
+    weight = linear.weight
+    return kind(linear.in_features, linear.out_features, linear.bias is not None, config, weight.dtype, weight.device)
 
 
 def plain_linear(weight_oi: Tensor, bias: nn.Parameter | None) -> nn.Linear:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import minift
 from minift.adapters.inject import count_parameters, linear_layers, lora_layers
 from minift.adapters.lora import LoraConfig, LoraLinear
-from minift.quant.linear import Linear4bit, QuantConfig
+from minift.quant import Linear4bit, QuantConfig
 
 peft = pytest.importorskip("peft")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import minift
 from minift.adapters.inject import lora_layers
 from minift.adapters.lora import LoraConfig, LoraLinear
-from minift.quant.linear import Linear4bit, QuantConfig
+from minift.quant import Linear4bit, QuantConfig
 
 CONFIG = LoraConfig(r=6, alpha=9)
 

@@ -1,91 +1,133 @@
-"""The Triton kernel that decodes 4-bit weights against the PyTorch body of the same operator, bit for bit.
-
-One body serves two machines. `cuda`: the compiled kernel, marked `gpu`. `cpu`: Triton's interpreter, which must be
-chosen before the kernel is decorated, so these run only in a process started with TRITON_INTERPRET=1; the ordinary test
-run does that in test_interpreter.py.
-
-Guard bands: inputs and output are slices of larger buffers. What lies around the output must keep its pattern, so a
-missing store mask shows. What lies around the inputs is poison (NaN scales, bytes of the largest code) and must stay as
-it was, and in one test an unreadable page follows each input, so a missing load mask ends the process.
-"""
-
-import ctypes
-import mmap
-import os
-import sys
+"""The Triton kernels of 4-bit blocks against the PyTorch bodies of the same operators, bit for bit (see guards.py)."""
 
 import pytest
 import torch
+from guards import DEVICES, DTYPES, UnreadablePages, bits, guard_bands, on_cuda_path, skip_unless_pages_can_be_protected
 from torch import Tensor
 
-from minift.quant import QuantState, codebook, dynamic_map, quantize_4bit
+from minift.quant import QuantState, codebook, dequantize_4bit, dynamic_map, quantize_4bit
+from minift.quant.codebooks import nearest_4bit
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            not INTERPRETED, reason="needs TRITON_INTERPRET=1 from the start: test_interpreter.py runs it so"
-        ),
-    ),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU, and no TRITON_INTERPRET"
-            ),
-        ],
-    ),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One value, odd numbers, around a block (64) and around a program (2048 values), several programs with a rest.
-SIZES = [1, 2, 63, 64, 65, 2047, 2048, 2049, 3 * 2048, 3 * 2048 + 5]
-GUARD = 4096  # elements on each side: more than a program decodes, so that a whole program astray is seen
+BLOCK = 64
+# One value, odd numbers, around a block, around a program (4096 values), several programs with a rest.
+SIZES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5, 4095, 4096, 4097, 3 * 4096, 3 * 4096 + 5]
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-def bits(x: Tensor) -> Tensor:
-    return x.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[x.element_size()])
+# --- quantizing -------------------------------------------------------------------------------------------------------
 
 
-def guarded(x: Tensor, poison: float, device: str) -> tuple[Tensor, Tensor]:
-    """A copy of x between two bands of poison: the copy, and the whole buffer."""
-    buffer = torch.full((x.numel() + 2 * GUARD,), poison, dtype=x.dtype, device=device)
-    inside = buffer[GUARD : GUARD + x.numel()]
-    inside.copy_(x.reshape(-1))
-    return inside, buffer
+def quantize_guarded(x: Tensor, quant_type: str, blocksize: int, device: str) -> tuple[Tensor, Tensor]:
+    """Run the kernel between guard bands, check them, and return packed codes and scales on the CPU."""
+    from minift_kernels.fourbit import quantize_4bit
+
+    n, nearest = x.numel(), nearest_4bit(quant_type, CPU)
+    with guard_bands(device) as guards:
+        out = (guards.output((n + 1) // 2, torch.uint8), guards.output(-(-n // blocksize), torch.float32))
+        tables = (guards.input(nearest.boundaries), guards.input(nearest.order))
+        packed, absmax = quantize_4bit(guards.input(x), *tables, blocksize, out=out)  # pyright: ignore
+        assert packed.data_ptr() == out[0].data_ptr() and packed.shape == ((n + 1) // 2, 1)
+        assert absmax.data_ptr() == out[1].data_ptr()
+    return packed.cpu(), absmax.cpu()
+
+
+def assert_quantized_alike(x: Tensor, quant_type: str, blocksize: int, device: str) -> None:
+    packed, absmax = quantize_guarded(x, quant_type, blocksize, device)
+    theirs_packed, theirs_absmax = torch.ops.minift.quantize_4bit(x, quant_type, blocksize)
+    assert torch.equal(packed, theirs_packed)
+    assert torch.equal(bits(absmax), bits(theirs_absmax))
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize_equals_the_pytorch_body(device: str, quant_type: str, dtype: torch.dtype, n: int):
+    assert_quantized_alike(torch.randn(n).to(dtype), quant_type, BLOCK, device)
+
+
+@pytest.mark.parametrize("blocksize", [32, 128, 2048, 4096])
+@pytest.mark.parametrize("n", [4 * 4096, 4096 + 31, 2 * 4096 + 1])
+def test_quantize_block_sizes(device: str, n: int, blocksize: int):
+    assert_quantized_alike(torch.randn(n), "nf4", blocksize, device)
+
+
+@pytest.mark.parametrize("absmax", [1.0, 0.37, 3.3, 65000.0, 2.0**-12, 1e-30, 3e38])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize_values_on_the_thresholds(device: str, quant_type: str, absmax: float):
+    """Every midpoint x absmax with its fp32 neighbours: multiplying by another reciprocal, or dividing, shows here."""
+    rising = codebook(quant_type).sort().values
+    midpoint = (rising[:-1] + rising[1:]) / 2 * absmax
+    around = [midpoint, *(torch.nextafter(midpoint, torch.tensor(end)) for end in (-torch.inf, torch.inf))]
+    block = torch.cat([torch.tensor([absmax]), *around, torch.zeros(18)])
+    assert_quantized_alike(torch.cat([block, block.flip(0), -block, block[:47]]), quant_type, BLOCK, device)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize_many_scales(device: str, quant_type: str):
+    """Each scale has another reciprocal; the division must be the correctly rounded one for all of them.
+
+    Blocks hold threshold x scale, rounded: whether that lies above the threshold depends on the last bit.
+    """
+    scale = torch.rand(1024, 1) * 4 + 0.01
+    rising = codebook(quant_type).sort().values
+    midpoint = (rising[:-1] + rising[1:]) / 2
+    assert_quantized_alike(torch.cat([scale, midpoint * scale, -midpoint * scale, scale], 1), quant_type, 32, device)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("n", [5 * BLOCK, 5 * BLOCK + 9])
+def test_quantize_zero_and_denormal_blocks(device: str, n: int, quant_type: str):
+    """Zero blocks among others, also as a short last one; blocks below 1e-38, where the guard of the division is."""
+    x = torch.randn(n)
+    x[BLOCK : 2 * BLOCK] = 0
+    x[4 * BLOCK :] = 0
+    assert_quantized_alike(x, quant_type, BLOCK, device)
+    packed, absmax = quantize_guarded(x, quant_type, BLOCK, device)
+    assert (absmax[[1, 4]] == 0).all() and (packed[32:64] == {"nf4": 0x77, "fp4": 0}[quant_type]).all()
+    for scale in (1e-45, 1e-42, 9e-39, 1e-38, 1.2e-38, 1e-37):
+        assert_quantized_alike(torch.randn(n) * scale, quant_type, BLOCK, device)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_lets_nan_and_infinity_through(device: str, dtype: torch.dtype, bad: float):
+    """The scale of the block shows them, that of no other block does; the public function refuses such scales."""
+    x = torch.randn(3 * BLOCK + 5).to(dtype)
+    x[[70, 3 * BLOCK + 2]] = bad
+    _, absmax = quantize_guarded(x, "nf4", BLOCK, device)
+    assert absmax.isfinite().tolist() == [True, False, True, False]
+    assert absmax[1].isnan() if bad != bad else absmax[1] == torch.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize_operator(device: str, quant_type: str, dtype: torch.dtype):
+    """What the dispatcher calls for a CUDA tensor: also for a transposed view, and for one without elements."""
+    x = torch.randn(65, 33).to(dtype)
+    for view in (x, x.T, x[:, ::2]):
+        packed, absmax = on_cuda_path("quantize_4bit", view.to(device), quant_type, BLOCK)
+        theirs_packed, theirs_absmax = torch.ops.minift.quantize_4bit(view, quant_type, BLOCK)
+        assert packed.device.type == device and packed.shape == theirs_packed.shape
+        assert torch.equal(packed.cpu(), theirs_packed) and torch.equal(absmax.cpu(), theirs_absmax)
+    packed, absmax = on_cuda_path("quantize_4bit", torch.empty(0, 4, device=device), quant_type, BLOCK)
+    assert packed.shape == (0, 1) and absmax.shape == (0,)
+
+
+# --- dequantizing -----------------------------------------------------------------------------------------------------
 
 
 def decode_guarded(packed: Tensor, state: QuantState, dtype: torch.dtype, device: str) -> Tensor:
     """Run the kernel between guard bands, check them, and return the values on the CPU."""
     from minift_kernels.fourbit import dequantize_4bit
 
-    n = torch.Size(state.shape).numel()
-    packed_in, packed_buffer = guarded(packed, 0xFF, device)
-    absmax_in, absmax_buffer = guarded(state.absmax, 0xFF if state.absmax.dtype == torch.uint8 else torch.nan, device)
-    inputs = [packed_buffer, absmax_buffer]
-    nested_in, offset_in = None, None
-    if state.nested_absmax is not None:
-        assert state.nested_offset is not None
-        nested_in, nested_buffer = guarded(state.nested_absmax, torch.nan, device)
-        offset_in = state.nested_offset.to(device)
-        inputs.append(nested_buffer)
-    code, nested_code = codebook(state.quant_type).to(device), dynamic_map(True).to(device)
-    inputs += [code, nested_code]
-    before = [buffer.clone() for buffer in inputs]
-    out, out_buffer = guarded(torch.full((n,), -777.0, dtype=dtype), -555.0, device)
-
-    result = dequantize_4bit(
-        packed_in, absmax_in, code, nested_in, offset_in, nested_code, state.blocksize, state.shape, dtype, out=out
-    )
-
-    assert result.data_ptr() == out.data_ptr() and result.shape == state.shape and result.dtype == dtype
-    assert (out_buffer[:GUARD] == -555).all(), "wrote before the output"
-    assert (out_buffer[GUARD + n :] == -555).all(), "wrote behind the output"
-    for buffer, kept in zip(inputs, before, strict=True):
-        assert torch.equal(bits(buffer), bits(kept)), "wrote into an input"
+    weight = (packed, state.absmax, state.nested_absmax, state.nested_offset)
+    with guard_bands(device) as guards:
+        out = guards.output(torch.Size(state.shape).numel(), dtype)
+        inputs = [guards.input(x) for x in (*weight, codebook(state.quant_type), dynamic_map(True))]
+        result = dequantize_4bit(*inputs, state.blocksize, state.shape, dtype, out=out)  # pyright: ignore
+        assert result.data_ptr() == out.data_ptr() and result.shape == state.shape and result.dtype == dtype
     return result.cpu()
 
 
@@ -97,14 +139,17 @@ def reference(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     )  # fmt: skip
 
 
+def assert_decoded_alike(packed: Tensor, state: QuantState, dtype: torch.dtype, device: str) -> None:
+    ours, theirs = decode_guarded(packed, state, dtype, device), reference(packed, state, dtype)
+    assert torch.equal(bits(ours), bits(theirs))
+
+
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_equals_the_pytorch_body(device: str, quant_type: str, double_quant: bool, dtype: torch.dtype, n: int):
-    packed, state = quantize_4bit(torch.randn(n), quant_type, 64, double_quant)
-    ours, theirs = decode_guarded(packed, state, dtype, device), reference(packed, state, dtype)
-    assert torch.equal(bits(ours), bits(theirs))
+    assert_decoded_alike(*quantize_4bit(torch.randn(n), quant_type, BLOCK, double_quant), dtype, device)
 
 
 @pytest.mark.parametrize("blocksize", [32, 128, 4096])
@@ -112,9 +157,7 @@ def test_equals_the_pytorch_body(device: str, quant_type: str, double_quant: boo
 @pytest.mark.parametrize("shape", [(8225,), (99, 101), (3, 5, 7, 79), (2 * 4096 + 1,)])
 def test_block_sizes_and_shapes(device: str, shape: tuple[int, ...], double_quant: bool, blocksize: int):
     """Rows that are no multiple of a block; with blocks of 32 more than 256 scales, so a second nested block."""
-    packed, state = quantize_4bit(torch.randn(shape), "nf4", blocksize, double_quant)
-    ours, theirs = decode_guarded(packed, state, torch.float32, device), reference(packed, state, torch.float32)
-    assert torch.equal(bits(ours), bits(theirs))
+    assert_decoded_alike(*quantize_4bit(torch.randn(shape), "nf4", blocksize, double_quant), torch.float32, device)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 64), (64, 0)])
@@ -123,7 +166,7 @@ def test_empty(device: str, shape: tuple[int, ...], double_quant: bool):
     """No value, no launch (a grid of 0 programs is an error on a GPU)."""
     scales = {"nested_absmax": torch.ones(0), "nested_offset": torch.zeros(())} if double_quant else {}
     absmax = torch.zeros(0, dtype=torch.uint8 if double_quant else torch.float32)
-    state = QuantState(shape, torch.float32, "nf4", 64, absmax, **scales)
+    state = QuantState(shape, torch.float32, "nf4", BLOCK, absmax, **scales)
     packed = torch.zeros(0, 1, dtype=torch.uint8)
     assert decode_guarded(packed, state, torch.float32, device).shape == shape
     assert reference(packed, state, torch.float32).shape == shape
@@ -150,17 +193,15 @@ def test_rounding(device: str, quant_type: str, dtype: torch.dtype):
     """
     absmax = ordinary_and_extreme_scales()
     packed = torch.tensor([(2 * i << 4) | (2 * i + 1) for i in range(8)] * 4, dtype=torch.uint8).repeat(len(absmax))
-    state = QuantState((64 * len(absmax),), dtype, quant_type, 64, absmax)
-    ours, theirs = decode_guarded(packed[:, None], state, dtype, device), reference(packed[:, None], state, dtype)
-    assert torch.equal(bits(ours), bits(theirs))
+    state = QuantState((BLOCK * len(absmax),), dtype, quant_type, BLOCK, absmax)
+    assert_decoded_alike(packed[:, None], state, dtype, device)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_byte(device: str, quant_type: str):
     packed = torch.arange(256, dtype=torch.uint8)[:, None]
-    state = QuantState((512,), torch.float32, quant_type, 64, torch.rand(8) + 0.5)
-    ours, theirs = decode_guarded(packed, state, torch.float32, device), reference(packed, state, torch.float32)
-    assert torch.equal(bits(ours), bits(theirs))
+    state = QuantState((512,), torch.float32, quant_type, BLOCK, torch.rand(8) + 0.5)
+    assert_decoded_alike(packed, state, torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,60 +211,98 @@ def test_every_nested_code(device: str, dtype: torch.dtype):
     n = 32 * len(absmax)
     packed = torch.randint(0, 256, (n // 2, 1), dtype=torch.uint8)
     state = QuantState((n,), dtype, "nf4", 32, absmax, torch.tensor([0.3, 7.7, 1e-3]), torch.tensor(1.2345678))
-    ours, theirs = decode_guarded(packed, state, dtype, device), reference(packed, state, dtype)
-    assert torch.equal(bits(ours), bits(theirs))
+    assert_decoded_alike(packed, state, dtype, device)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_operator_hands_over_the_right_arguments(device: str, dtype: torch.dtype, double_quant: bool):
-    """What the dispatcher calls for a CUDA tensor, without `out`: a new tensor of its own."""
-    packed, state = quantize_4bit(torch.randn(33, 65), "nf4", 64, double_quant)
+def test_dequantize_operator(device: str, dtype: torch.dtype, double_quant: bool):
+    """What the dispatcher calls for a CUDA tensor, without `out`: a new tensor of its own; a strided input, too."""
+    packed, state = quantize_4bit(torch.randn(33, 65), "nf4", BLOCK, double_quant)
     theirs = reference(packed, state, dtype)
     scales = (state.absmax, state.nested_absmax, state.nested_offset)
-    held = [None if tensor is None else tensor.to(device) for tensor in (packed, *scales)]
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # named, so that the interpreter's CPU tensors get there
-    ours = torch.ops.minift.dequantize_4bit.default.redispatch(
-        cuda, *held, state.quant_type, state.blocksize, state.shape, dtype
-    )
-    assert ours.device.type == device and ours.shape == (33, 65) and ours.dtype == dtype
-    assert torch.equal(bits(ours.cpu()), bits(theirs))
+    strided = packed.repeat(1, 2)[:, :1]
+    for bytes_ in (packed, strided):
+        held = [None if tensor is None else tensor.to(device) for tensor in (bytes_, *scales)]
+        ours = on_cuda_path("dequantize_4bit", *held, state.quant_type, state.blocksize, state.shape, dtype)
+        assert ours.device.type == device and ours.shape == (33, 65) and ours.dtype == dtype
+        assert torch.equal(bits(ours.cpu()), bits(theirs))
 
 
 # --- reading too far --------------------------------------------------------------------------------------------------
 
 
-def before_unreadable_page(x: Tensor) -> tuple[Tensor, mmap.mmap]:
-    """A copy of x that ends where a page without any access rights begins, and the memory that holds it."""
-    page = mmap.PAGESIZE
-    readable = -(-x.nbytes // page) * page
-    memory = mmap.mmap(-1, readable + page)
-    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=readable - x.nbytes)
-    copy.copy_(x.reshape(-1))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    end = copy.data_ptr() + x.nbytes
-    assert protect(end, page, 0) == 0, os.strerror(ctypes.get_errno())
-    return copy, memory
-
-
-@pytest.mark.parametrize("n", [1, 65, 2049])
+@pytest.mark.parametrize("n", [1, 65, 4097])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_reads_nothing_behind_its_inputs(device: str, double_quant: bool, n: int):
     """A load without its mask touches the unreadable page and ends the process with a segmentation fault."""
-    if device == "cuda" or sys.platform != "linux":
-        pytest.skip("the pages are in this process's memory, and protected the Linux way")
-    from minift_kernels.fourbit import dequantize_4bit
+    skip_unless_pages_can_be_protected(device)
+    from minift_kernels import fourbit
 
-    packed, state = quantize_4bit(torch.randn(n), "nf4", 64, double_quant)
-    packed_in, packed_memory = before_unreadable_page(packed)
-    absmax_in, absmax_memory = before_unreadable_page(state.absmax)
-    nested_in, nested_memory = None, None
-    if state.nested_absmax is not None:
-        nested_in, nested_memory = before_unreadable_page(state.nested_absmax)
-    code, nested_code = codebook("nf4"), dynamic_map(True)
-    ours = dequantize_4bit(
-        packed_in, absmax_in, code, nested_in, state.nested_offset, nested_code, 64, state.shape, torch.float32
-    )
+    pages, x = UnreadablePages(), torch.randn(n)
+    nearest = nearest_4bit("nf4", CPU)
+    tables = [pages.before_page(table) for table in (nearest.boundaries, nearest.order)]
+    ours, _ = fourbit.quantize_4bit(pages.before_page(x), *tables, BLOCK)  # pyright: ignore
+    packed, state = quantize_4bit(x, "nf4", BLOCK, double_quant)
+    assert torch.equal(ours, packed)
+
+    weight = (packed, state.absmax, state.nested_absmax, state.nested_offset, codebook("nf4"), dynamic_map(True))
+    inputs = [pages.before_page(tensor) for tensor in weight]
+    ours = fourbit.dequantize_4bit(*inputs, BLOCK, state.shape, torch.float32)  # pyright: ignore
     assert torch.equal(bits(ours), bits(reference(packed, state, torch.float32)))
-    del packed_memory, absmax_memory, nested_memory  # held until here
+
+
+# --- on a GPU only ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_values(device: str):
+    """The last blocks of a tensor that 32-bit offsets cannot address: as if they stood alone."""
+    tail = torch.randn(4096 + 64 + 5)
+    x = torch.zeros(2**31 + len(tail), dtype=torch.bfloat16, device=device)
+    x[2**31 :] = tail
+    packed, state = quantize_4bit(x)
+    ours, theirs = quantize_4bit(tail.bfloat16()), (packed[2**30 :].cpu(), state.absmax[2**25 :].cpu())
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1].absmax, theirs[1])
+    assert torch.equal(dequantize_4bit(packed, state)[2**31 :].cpu(), dequantize_4bit(*ours))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_equals_bitsandbytes_on_the_gpu(device: str, quant_type: str, dtype: torch.dtype):
+    """The same codes but next to a threshold, and the same decoded values everywhere.
+
+    Its library is compiled with fast math: the reciprocal may be off by one unit (2^-23 relative), and its FP4
+    thresholds are printed with few digits (0.583333 for 7/12, 6e-7 relative). A value within 2^-20 of a threshold may
+    become a neighbour; any other must not. FP4 has two zeros, so decoded values are compared. Blocks below 2^-126 are
+    left out, since that library flushes them.
+    """
+    from bitsandbytes import functional as theirs_functional
+
+    x = torch.randn(512, 1024).to(dtype).to(device)
+    packed, state = quantize_4bit(x, quant_type)
+    theirs, theirs_state = theirs_functional.quantize_4bit(x, blocksize=BLOCK, quant_type=quant_type)
+    assert torch.equal(state.absmax, theirs_state.absmax)
+    wide = dequantize_4bit(packed, state, torch.float32)
+    theirs_wide = dequantize_4bit(theirs, state, torch.float32)
+    normalized = (x.double().view(-1, BLOCK) / state.absmax.double()[:, None]).view(x.shape)
+    rising = codebook(quant_type).double().sort().values.to(device)
+    midpoints = (rising[:-1] + rising[1:]) / 2
+    close = ((normalized[..., None] - midpoints).abs() <= 2**-20 * midpoints.abs()).any(-1)
+    assert torch.equal(wide[~close], theirs_wide[~close])
+    assert ((wide - theirs_wide).abs() <= 0.4 * x.abs().max())[close].all()
+    assert torch.equal(dequantize_4bit(theirs, state), theirs_functional.dequantize_4bit(theirs, theirs_state))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_zero_blocks_of_bitsandbytes_on_the_gpu(device: str, quant_type: str):
+    """Its kernel writes bytes of 0x00, since 0 x (1 / 0) is NaN; they decode to zero, as ours do."""
+    from bitsandbytes import functional as theirs_functional
+
+    zeros = torch.zeros(4 * BLOCK, device=device)
+    theirs, _ = theirs_functional.quantize_4bit(zeros, blocksize=BLOCK, quant_type=quant_type)
+    packed, state = quantize_4bit(zeros, quant_type)
+    assert (theirs == 0).all() and (packed == {"nf4": 0x77, "fp4": 0}[quant_type]).all()
+    assert (dequantize_4bit(theirs, state) == 0).all() and (dequantize_4bit(packed, state) == 0).all()

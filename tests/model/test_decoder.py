@@ -28,7 +28,7 @@ import minift
 from minift.model.attention import SharedPrefix
 from minift.model.decoder import CausalLM
 from minift.model.generate import generate_tokens
-from minift.quant.linear import Linear4bit
+from minift.quant import Linear4bit
 
 transformers = pytest.importorskip("transformers")
 

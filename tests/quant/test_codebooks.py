@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minift.quant import codebook, dynamic_map
-from minift.quant.codebooks import CHUNK, NearestCode, nearest_4bit, nearest_dynamic
+from minift.quant.codebooks import CHUNK, NearestCode, nearest_4bit, nearest_dynamic, symmetric_quantiles
 
 CODEBOOKS = {
     "nf4": codebook("nf4"),
@@ -56,6 +56,32 @@ def test_nf4_has_a_zero_and_more_positive_values():
     values = codebook("nf4")
     assert [(values > 0).sum().item(), (values == 0).sum().item(), (values < 0).sum().item()] == [8, 1, 7]
     assert values.min() == -1 and values.max() == 1
+
+
+def test_symmetric_quantiles_are_the_printed_table():
+    """The figures as texts print them, to four digits."""
+    printed = [0.0421, 0.1273, 0.2159, 0.3109, 0.4168, 0.5422, 0.7076, 1.0]
+    values = symmetric_quantiles()
+    assert values.dtype == torch.float32
+    assert [round(value, 4) for value in values.tolist()] == [-value for value in printed[::-1]] + printed
+
+
+def test_symmetric_quantiles_are_quantiles_of_the_normal_distribution():
+    """Against torch's own inverse in float64; it and Python's differ by less than 1e-15, fp32 rounds by 2^-25."""
+    share = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
+    theirs = torch.special.ndtri(share) / torch.special.ndtri(share[-1])
+    assert ((symmetric_quantiles().double() - theirs).abs() <= 2**-24 * theirs.abs()).all()
+
+
+def test_only_nf4_keeps_zeros():
+    """Pruned weights and padding: NF4 gives them back as zeros; the symmetric table as 4.2 % of the largest weight."""
+    x = torch.cat([torch.zeros(32), torch.linspace(-1, 1, 32)])
+    nf4, symmetric = codebook("nf4"), symmetric_quantiles()
+    decoded = {name: values[NearestCode(values, "down")(x).int()] for name, values in
+               (("nf4", nf4), ("symmetric", symmetric))}  # fmt: skip
+    assert (decoded["nf4"][:32] == 0).all()
+    assert (decoded["symmetric"][:32].abs() - 0.0421).abs().max() < 1e-4
+    assert (symmetric != 0).all() and torch.equal(symmetric, -symmetric.flip(0))
 
 
 def test_unknown_type_is_refused():

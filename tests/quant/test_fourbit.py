@@ -301,6 +301,127 @@ def test_round_trip_bound():
         assert ((dequantize_4bit(packed, state) - x).abs() <= bound).all()
 
 
+# Values for the properties below: no scale so small or large that a product could leave the normal range.
+VALUES = st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=1, max_size=200).filter(
+    lambda x: max(map(abs, x)) >= 2**-20
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    x=VALUES,
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    blocksize=st.sampled_from([32, 64]),
+    double_quant=st.booleans(),
+)
+def test_round_trip_bound_of_any_values(x: list[float], quant_type: str, blocksize: int, double_quant: bool):
+    """The bound of test_round_trip_bound, each value by the scale of its own block.
+
+    Double quantization moves a scale by at most half the widest gap of its map times the nested scale (and three
+    roundings of numbers up to nested scale + offset), and a value by no more than that.
+    """
+    x_n = torch.tensor(x)
+    packed, state = quantize_4bit(x_n, quant_type, blocksize, double_quant)
+    absmax = torch.stack([block.abs().max() for block in x_n.split(blocksize)]).double()
+    bound = (codebook(quant_type).sort().values.diff().max().item() / 2 + 2**-22) * absmax
+    if state.nested_absmax is not None and state.nested_offset is not None:
+        nested, offset = state.nested_absmax.double(), state.nested_offset.double()
+        widest = max((dynamic_map(True).diff().max() / 2).item(), 1 + dynamic_map(True)[0].item())
+        bound = bound + widest * nested + 2**-21 * (nested + offset)
+    error = (dequantize_4bit(packed, state).double() - x_n.double()).abs()
+    assert (error <= bound.repeat_interleave(blocksize)[: len(x)]).all()
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(x=VALUES, power=st.integers(-60, 60), quant_type=st.sampled_from(["nf4", "fp4"]))
+def test_a_power_of_two_scales_the_scales_alone(x: list[float], power: int, quant_type: str):
+    """Exact in floating point, so the codes must not change. (Values that vanish against the scale stay at zero.)"""
+    x_n = torch.tensor([value if abs(value) >= 2**-60 else 0.0 for value in x])
+    packed, state = quantize_4bit(x_n, quant_type, 32)
+    moved, moved_state = quantize_4bit(x_n * 2.0**power, quant_type, 32)
+    assert torch.equal(packed, moved)
+    assert torch.equal(state.absmax * 2.0**power, moved_state.absmax)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(x=VALUES, quant_type=st.sampled_from(["nf4", "fp4"]))
+def test_decoded_values_rise_with_the_values_of_a_block(x: list[float], quant_type: str):
+    decoded = dequantize_4bit(*quantize_4bit(torch.tensor(sorted(x)), quant_type, 256))
+    assert (decoded.diff() >= 0).all()
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    codes=st.lists(st.integers(0, 15), min_size=1, max_size=200),
+    absmax=st.floats(2.0**-60, 2.0**60, width=32),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+)
+def test_packing_is_undone(codes: list[int], absmax: float, quant_type: str):
+    """unpack + decode, encode + pack: the same bytes, if each block holds a code of 1 or -1, which both types have.
+
+    Then its scale is found again exactly, and three roundings (3 x 2^-24 relative) do not reach the next entry. What
+    `quantize_4bit` makes is of that kind. FP4's second zero comes back as the first: there values are compared.
+    """
+    one = int(codebook(quant_type).argmax())
+    held = torch.tensor([code for start in range(0, len(codes), 31) for code in [one, *codes[start : start + 31]]])
+    padded = torch.cat([held, torch.full((len(held) % 2,), 7 if quant_type == "nf4" else 0)])
+    packed = (padded[::2] * 16 + padded[1::2]).to(torch.uint8)[:, None]
+    state = QuantState((len(held),), torch.float32, quant_type, 32, torch.full((-(-len(held) // 32),), absmax))
+    values = dequantize_4bit(packed, state)
+    assert torch.equal(values, codebook(quant_type)[held] * absmax)
+    again, state_again = quantize_4bit(values, quant_type, 32)
+    assert torch.equal(state_again.absmax, state.absmax)
+    assert torch.equal(dequantize_4bit(again, state_again), values)
+    if quant_type == "nf4":
+        assert torch.equal(again, packed)
+
+
+# --- storage dtype ----------------------------------------------------------------------------------------------------
+
+STORAGES = [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_storage_equals_bitsandbytes(double_quant: bool, quant_type: str, storage: torch.dtype):
+    """The same bytes in the same shape; each decodes the other's. NaN patterns among them must survive."""
+    x = torch.randn(48, 64)
+    ours, ours_state = quantize_4bit(x, quant_type, 64, double_quant, quant_storage=storage)
+    theirs, theirs_state = theirs_functional.quantize_4bit(
+        x, blocksize=64, quant_type=quant_type, compress_statistics=double_quant, quant_storage=storage
+    )
+    assert ours.dtype == theirs.dtype == storage and ours.shape == theirs.shape == (48 * 32 // storage.itemsize, 1)
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    plain = dequantize_4bit(*quantize_4bit(x, quant_type, 64, double_quant))
+    assert torch.equal(dequantize_4bit(ours, ours_state), plain)
+    assert same(dequantize_4bit(theirs, from_theirs(theirs_state)), dequantize_theirs(theirs, theirs_state), quant_type)
+    assert same(plain, dequantize_theirs(ours, to_theirs(ours_state)), quant_type)
+
+
+@pytest.mark.parametrize(("n", "storage"), [(1, torch.float16), (6, torch.bfloat16), (13, torch.float32)])
+def test_bytes_that_do_not_fill_an_element_are_refused(n: int, storage: torch.dtype):
+    with pytest.raises(ValueError, match=f"{(n + 1) // 2} packed bytes"):
+        quantize_4bit(torch.randn(n), quant_storage=storage)
+    with pytest.raises(RuntimeError):
+        theirs_functional.quantize_4bit(torch.randn(n), blocksize=64, quant_type="nf4", quant_storage=storage)
+
+
+@pytest.mark.parametrize("n", [7, 8])
+def test_bytes_that_fill_whole_elements_are_taken(n: int):
+    """Odd or even: four bytes."""
+    packed, state = quantize_4bit(torch.arange(n) / 10, quant_storage=torch.float32)
+    assert packed.shape == (1, 1) and packed.dtype == torch.float32
+    assert torch.equal(dequantize_4bit(packed, state), dequantize_4bit(*quantize_4bit(torch.arange(n) / 10)))
+
+
+def test_cast_bytes_are_refused():
+    """`.to(dtype)` keeps the number of elements, so the bytes become too many: noticed, not decoded to noise."""
+    packed, state = quantize_4bit(torch.randn(64))
+    with pytest.raises(ValueError, match="packed holds 128 bytes"):
+        dequantize_4bit(packed.float(), state)
+
+
 def test_size_of_double_quantization():
     """4.127 bits a value: 4, 8/64 for the nested codes, 32/(64 * 256) for their scales, and one offset."""
     packed, state = quantize_4bit(torch.randn(1024, 1024), double_quant=True)
@@ -350,6 +471,13 @@ def test_inference_mode_first():
         ours = pool.submit(work).result()
     assert not ours.is_inference()
     assert torch.equal(ours, dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("shape", [(64, 65), (33,), (1,), (0, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_operator_passes_opcheck(shape: tuple[int, ...], dtype: torch.dtype):
+    """Schema, fake tensor, autograd registration and tracing with fixed and symbolic shapes."""
+    torch.library.opcheck(torch.ops.minift.quantize_4bit.default, (torch.randn(shape).to(dtype), "nf4", 64))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 import minift
 from minift.adapters.lora import LoraConfig
 from minift.model.load import build_model
-from minift.quant.linear import Linear4bit, QuantConfig, dequantize_model
+from minift.quant import Linear4bit, QuantConfig, dequantize_model
 from minift.study.memory import (
     ModuleRow,
     adapter_table,
     folder_table,
+    footprint,
     format_table,
     group_layers,
     module_table,
@@ -28,7 +29,7 @@ from minift.study.memory import (
 from minift.study.plots import loss_curve
 from minift.train.loop import StepRecord
 
-FORMATS = [None, "nf4", "fp4", QuantConfig(double_quant=False), QuantConfig(blocksize=256)]
+FORMATS = [None, "nf4", "fp4", "int8", QuantConfig(double_quant=False), QuantConfig(blocksize=256)]
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -174,14 +175,51 @@ def test_a_table_as_text(tiny: Path):
     rows = module_table(minift.load_model(tiny, "nf4", torch.bfloat16))
     text = format_table(group_layers(rows))
     lines = text.splitlines()
+    *lines, without = lines
     assert len(lines) == 1 + 1 + (1 + 9 + 1) + 1 + 1
     assert len({len(line.rstrip()) for line in lines}) == 1  # aligned: the last column ends all lines alike
+    assert "get_memory_footprint" in without and f"{footprint(rows, quant_state=False):,} bytes" in without
+    assert "get_memory_footprint" not in format_table(module_table(minift.load_model(tiny)))
     assert lines[0].split() == ["module", "count", "shape", "stored", "as", "computed", "in", "bytes", "trainable"]
     count, size, trainable = total(rows)
     assert lines[-1].split() == ["total", str(count), f"{size:,}", f"{trainable:,}"]
     (line,) = (line for line in lines if "model.layers.*.mlp.up_proj" in line)
     assert line.split("  ")[0] == "model.layers.*.mlp.up_proj"
     assert "128 x 64" in line and "nf4 + double quant" in line and line.endswith("no")
+
+
+BITSANDBYTES = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+    None: {},
+}
+
+
+@pytest.mark.parametrize("quantize", BITSANDBYTES, ids=str)
+@pytest.mark.parametrize("name", ["tiny", "tiny_odd"])
+def test_footprint_is_that_of_transformers(request: pytest.FixtureRequest, name: str, quantize: str | None):
+    """Without quantization state; theirs also counts the rotary tables (two of half a head in fp32), ours has none.
+
+    The scales that theirs leaves out are those that the layers of bitsandbytes do hold.
+    """
+    transformers = pytest.importorskip("transformers")
+    folder, settings = request.getfixturevalue(name), BITSANDBYTES[quantize]
+    config = {"quantization_config": transformers.BitsAndBytesConfig(**settings)} if settings else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **config)
+    rows = folder_table(folder, quantize, None)
+    rotary = sum(b.nbytes for name, b in theirs.named_buffers() if "inv_freq" in name)
+    assert rotary == 2 * 4 * theirs.config.head_dim // 2
+    assert theirs.get_memory_footprint() == footprint(rows, quant_state=False) + rotary
+    held = 0
+    for module in theirs.modules():
+        if "bit" in type(module).__name__ and quantize == "int8":
+            held += module.weight.SCB.nbytes
+        elif "bit" in type(module).__name__:
+            state = module.weight.quant_state
+            held += state.absmax.nbytes + state.state2.absmax.nbytes + state.offset.nbytes
+    assert footprint(rows) - footprint(rows, quant_state=False) == held
+    assert (held > 0) == (quantize is not None)
 
 
 def test_the_peak_does_not_fall():

@@ -26,7 +26,7 @@ import torch
 import minift
 from minift.adapters.inject import lora_layers
 from minift.data.encode import encode
-from minift.quant.linear import Linear4bit
+from minift.quant import Linear4bit
 from minift.train.config import TrainConfig
 from minift.train.loop import Plan, StepRecord, TrainResult, encode_rows, prepare, train
 

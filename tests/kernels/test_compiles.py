@@ -1,0 +1,172 @@
+"""Every kernel compiles ahead of time for two generations of GPUs, without one; what the machine code must look like.
+
+The interpreter shows that a kernel computes the right thing. It does not show that the kernel compiles, that a division
+is the exact one (`div.rn`; `/` becomes an approximate one), that products and sums stay separate, that nothing spills
+to memory, or that weights are moved 16 bytes at a time. The PTX text and the resources of the binary do.
+"""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from guards import INTERPRETED
+
+import minift_kernels
+
+if sys.platform != "linux":
+    pytest.skip("Triton is installed on Linux only", allow_module_level=True)
+if INTERPRETED:
+    pytest.skip("interpreted kernels cannot be compiled: needs a process without it", allow_module_level=True)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from minift.quant.blockwise import TINY
+from minift_kernels import blockwise, fourbit, matmul, rounding
+
+# Arguments that are pointers to 32-bit floats, bytes, and sizes; x, bias and out differ from case to case.
+BYTES = {"packed_ptr", "codes_ptr", "order_ptr"}
+NESTED = {"absmax_ptr": "*u8"}
+EXACT = {"enable_fp_fusion": False}
+TILE_64 = {"BLOCKSIZE": 64, "BLOCKS": 64}
+TILE_256 = {"BLOCKSIZE": 256, "BLOCKS": 16}
+
+
+def matmul_case(rows: int, aligned: bool, dtype: str) -> tuple:
+    out, chunk = matmul.TILES[rows]
+    constants = {"HAS_BIAS": True, "NESTED": True, "ALIGNED": aligned, "BLOCKSIZE": 64, "T": rows, "OUT": out}
+    constants |= {"CHUNK": chunk, "INTERPRETED": False, "ROUND_BY_BITS": False}
+    types = NESTED | {"x_ptr": dtype, "bias_ptr": dtype, "out_ptr": dtype}
+    return matmul._matmul_4bit_kernel, types, constants, EXACT | {"num_stages": 1}
+
+
+def rounding_case(dtype: torch.dtype) -> tuple:
+    constants = rounding.TARGETS[dtype] | {"COUNTERS": rounding.COUNTERS}
+    return rounding._stochastic_round_kernel, {"x_ptr": "*i32", "out_ptr": "*i16", "seed": "i64"}, constants, {}
+
+
+# Name -> kernel, types of the arguments that are not fp32 pointers, constants, options: as the launchers pass them.
+CASES = {
+    "quantize 4 bit, bf16": (
+        fourbit._quantize_4bit_kernel, {"x_ptr": "*bf16"}, TILE_64, EXACT | {"num_warps": 8}),
+    "quantize 4 bit, fp32, large blocks": (
+        fourbit._quantize_4bit_kernel, {}, {"BLOCKSIZE": 4096, "BLOCKS": 1}, EXACT | {"num_warps": 8}),
+    "dequantize 4 bit, bf16": (
+        fourbit._dequantize_4bit_kernel, {"out_ptr": "*bf16"},
+        TILE_64 | {"NESTED": False, "ROUND_BY_BITS": False}, EXACT),
+    "dequantize 4 bit, bf16, nested": (
+        fourbit._dequantize_4bit_kernel, NESTED | {"out_ptr": "*bf16"},
+        TILE_64 | {"NESTED": True, "ROUND_BY_BITS": False}, EXACT),
+    "dequantize 4 bit, fp32, nested": (
+        fourbit._dequantize_4bit_kernel, NESTED, TILE_64 | {"NESTED": True, "ROUND_BY_BITS": False}, EXACT),
+    "quantize 8 bit, signed": (
+        blockwise._quantize_blockwise_kernel, {}, TILE_256 | {"SIGNED": True}, EXACT | {"num_warps": 8}),
+    "quantize 8 bit, unsigned, fp16": (
+        blockwise._quantize_blockwise_kernel, {"x_ptr": "*fp16"}, TILE_256 | {"SIGNED": False},
+        EXACT | {"num_warps": 8}),
+    "dequantize 8 bit, bf16": (
+        blockwise._dequantize_blockwise_kernel, {"out_ptr": "*bf16"}, TILE_256 | {"ROUND_BY_BITS": False}, EXACT),
+    "round to bf16": rounding_case(torch.bfloat16),
+    "round to fp16": rounding_case(torch.float16),
+    **{
+        f"matmul, {rows} rows, {dtype[1:]}{', whole blocks' if aligned else ''}": matmul_case(rows, aligned, dtype)
+        for rows in matmul.TILES for aligned in (True, False) for dtype in ("*bf16", "*fp16", "*fp32")
+    },
+}  # fmt: skip
+CAPABILITIES = [80, 90]  # A100; H100 and H200
+
+
+@cache
+def compile_case(name: str, capability: int):
+    """The compiled kernel. Pointers and sizes are multiples of 16, as those of real weights are."""
+    kernel, types, constants, options = CASES[name]
+    signature, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        default = "*u8" if argument in BYTES else "*fp32" if argument.endswith("_ptr") else "i32"
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, default)
+        if argument.endswith("_ptr") or argument in ("n", "n_bytes", "in_features", "out_features"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile anew, and leave nothing behind in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def resources(binary: bytes, folder: Path) -> dict[str, int]:
+    """Bytes of stack and local memory of each thread: where registers are spilled to."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    (folder / "kernel.cubin").write_bytes(binary)
+    listing = subprocess.run(
+        [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_spilling(name: str, capability: int, tmp_path: Path):
+    compiled = compile_case(name, capability)
+    assert f".target sm_{capability}" in compiled.asm["ptx"]
+    used = resources(compiled.asm["cubin"], tmp_path)
+    # The assembler may park one or two 8-byte addresses outside the loops, to fit one more program on a processor.
+    assert used["REG"] > 0 and used["STACK"] <= 16 and used["LOCAL"] == 0, used
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("round")])
+def test_arithmetic_is_exact(name: str, capability: int):
+    """Divisions are rounded correctly, denormals are not flushed, products and sums are fused only where asked for."""
+    ptx = compile_case(name, capability).asm["ptx"]
+    divisions = set(re.findall(r"\b(?:div|rcp)\.[\w.]+", ptx))
+    assert divisions == ({"div.rn.f32"} if name.startswith("quantize") else set())
+    assert ".ftz" not in ptx
+    if not name.startswith("matmul"):
+        assert "fma." not in ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [name for name in CASES if "quantize" in name])
+def test_memory_is_moved_16_bytes_at_a_time(name: str, capability: int):
+    """Reading for quantizing, writing for dequantizing: the larger side, which bounds the speed."""
+    ptx = compile_case(name, capability).asm["ptx"]
+    assert ("st.global.v4" if name.startswith("dequantize") else "ld.global.v4") in ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_several_rows_use_tensor_cores(dtype: str, capability: int):
+    """And no software pipeline, which would fetch codebook entries through shared memory."""
+    ptx = compile_case(f"matmul, 16 rows, {dtype}, whole blocks", capability).asm["ptx"]
+    kind = {"bf16": "bf16", "fp16": "f16"}[dtype]
+    assert re.search(rf"mma\.sync\.[\w.]+\.f32\.{kind}\.{kind}\.f32", ptx)
+    assert "cp.async" not in ptx
+
+
+def test_least_divisor_is_that_of_the_pytorch_body():
+    """One unit more is hardly seen in codes: only denormal blocks are divided by it."""
+    assert blockwise.TINY_BITS.value == torch.tensor(TINY, dtype=torch.float32).view(torch.int32).item()
+
+
+def test_every_kernel_is_compiled_here():
+    """A kernel of a new file needs a case."""
+    files = [importlib.import_module(f"minift_kernels.{found.name}") for found in pkgutil.iter_modules(
+        minift_kernels.__path__)]  # fmt: skip
+    kernels = {name for file in files for name in vars(file) if name.startswith("_") and name.endswith("_kernel")}
+    assert len(kernels) >= 6
+    assert kernels == {kernel.__name__ for kernel, *_ in CASES.values()}
