@@ -21,8 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from tqdm import tqdm
 
 MODEL = "smollm2-135m-instruct"
 BATCH, STEPS, WARM, LR = 16, 6, 2, 1e-3
@@ -55,55 +58,56 @@ class Side:
         return self.answer()
 
 
-def run() -> list[dict[str, Any]]:
-    """One row a setting."""
+def run() -> Iterator[dict[str, Any]]:
+    """One row a setting, as harness.py reports rows. The rounds are few, so their range stands for percentiles."""
     from minift.sources.resolve import resolve
 
     resolve(MODEL)  # fetch it before anything is timed
-    return [compare(setting) for setting in SETTINGS]
+    for setting in SETTINGS:
+        yield summarize(setting, compare(setting))
 
 
-def compare(setting: str) -> dict[str, Any]:
-    """Step both sides in turn."""
+def compare(setting: str) -> dict[str, list[dict[str, Any]]]:
+    """Step both sides in turn; the records of each."""
     sides = {name: Side.start(name, setting) for name in ("ours", "theirs")}
-    for side in sides.values():
-        side.answer()  # loaded
-    records: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for step in range(STEPS):
-        for name in sorted(sides, reverse=bool(step % 2)):  # who goes first changes
-            records[name].append(sides[name].step())
-    row: dict[str, Any] = {"setting": setting}
-    for name, side in sides.items():
-        timed = records[name][WARM:]
-        row[name] = {
-            "seconds": statistics.median(r["seconds"] for r in timed),
-            "trained_tokens_per_second": sum(r["trained_tokens"] for r in timed) / sum(r["seconds"] for r in timed),
-            "peak_bytes": records[name][-1]["peak_bytes"],
-            "losses": [r["loss"] for r in records[name]],
-        }
-        side.process.kill()
-    rounds = zip(records["theirs"][WARM:], records["ours"][WARM:], strict=True)
+    try:
+        for side in sides.values():
+            side.answer()  # loaded
+        records: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        for step in tqdm(range(STEPS), desc=setting, leave=False, disable=None):
+            for name in sorted(sides, reverse=bool(step % 2)):  # who goes first changes
+                records[name].append(sides[name].step())
+        return records
+    finally:
+        for side in sides.values():
+            side.process.kill()
+
+
+def summarize(setting: str, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The row of one setting."""
+    timed = {name: steps[WARM:] for name, steps in records.items()}
+    rounds = zip(timed["theirs"], timed["ours"], strict=True)
     ratios = sorted(theirs["seconds"] / ours["seconds"] for theirs, ours in rounds)
-    row["speed_ratio"] = {"least": ratios[0], "median": statistics.median(ratios), "most": ratios[-1]}
-    return row
-
-
-def format_rows(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
-    lines = [
-        f"| setting | s a step, peers | minift | ratio (range of {STEPS - WARM} rounds) | trained tokens/s, peers | "
-        f"minift | peak memory, peers | minift | loss after {STEPS} steps, peers | minift |",
-        "|" + " --- |" * 10,
-    ]
-    for row in rows:
-        ours, theirs, ratio = row["ours"], row["theirs"], row["speed_ratio"]
-        lines.append(
-            f"| {row['setting']} | {theirs['seconds']:.2f} | {ours['seconds']:.2f} | **{ratio['median']:.1f}x** "
-            f"({ratio['least']:.1f} to {ratio['most']:.1f}) | {theirs['trained_tokens_per_second']:.0f} | "
-            f"{ours['trained_tokens_per_second']:.0f} | {theirs['peak_bytes'] / 1e9:.2f} GB | "
-            f"{ours['peak_bytes'] / 1e9:.2f} GB | {theirs['losses'][-1]:.4f} | {ours['losses'][-1]:.4f} |"
-        )
-    return "\n".join(lines)
+    speed = {
+        name: sum(r["trained_tokens"] for r in steps) / sum(r["seconds"] for r in steps)
+        for name, steps in timed.items()
+    }
+    peak = {name: steps[-1]["peak_bytes"] for name, steps in records.items()}
+    losses = {name: [r["loss"] for r in steps] for name, steps in records.items()}
+    return {
+        "name": setting,
+        "ratio": {"least": ratios[0], "median": statistics.median(ratios), "most": ratios[-1]},
+        "seconds": {name: statistics.median(r["seconds"] for r in steps) for name, steps in timed.items()},
+        "trained_tokens_per_second": speed,
+        "peak_bytes": peak,
+        "losses": losses,
+        "note": (
+            f"a step; the range of {len(ratios)} rounds; minift against the peers: {speed['ours']:.0f} against "
+            f"{speed['theirs']:.0f} trained tokens/s, peak memory {peak['ours'] / 1e9:.2f} against "
+            f"{peak['theirs'] / 1e9:.2f} GB, loss after {len(losses['ours'])} steps {losses['ours'][-1]:.4f} against "
+            f"{losses['theirs'][-1]:.4f}"
+        ),
+    }
 
 
 # --- the workers ----------------------------------------------------------------------------------------------------
@@ -200,7 +204,9 @@ def work_theirs(setting: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         config = SFTConfig(
             output_dir=place, use_cpu=True, bf16=setting != "fp32", gradient_checkpointing=setting == "as shipped",
-            per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=LR, lr_scheduler_type="constant",
+            # One step more than it will be told to take: after the last one it would put away the model while
+            # minift takes its own last step.
+            per_device_train_batch_size=BATCH, max_steps=STEPS + 1, learning_rate=LR, lr_scheduler_type="constant",
             train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no",
             disable_tqdm=True, loss_type="nll", optim="adamw_torch", dataloader_pin_memory=False,
         )  # fmt: skip
