@@ -268,7 +268,7 @@ def inspect(what: str, quantize: str, dtype: str, every: bool) -> None:
 @click.option("--quantize", type=click.Choice(FORMATS), default="nf4", help="Format of the linear layers.")
 @click.option("--blocksize", default=64, help="4 bit: weights per scale, a power of two from 32 to 4096.")
 @click.option("--double-quant/--no-double-quant", default=True, help="4 bit: store the scales in 8 bits.")
-@click.option("--threshold", default=6.0, help="int8: inputs from this magnitude on are multiplied unquantized; 0 is off.")
+@click.option("--threshold", default=6.0, help="int8: larger inputs are multiplied unquantized; 0 turns that off.")
 @click.option("--skip", default="lm_head", help="Modules that stay as they are: names, or ends of names, by commas.")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPE_NAMES]), default="auto",
               help="Type of everything else; auto is the checkpoint's own.")  # fmt: skip

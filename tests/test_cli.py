@@ -346,8 +346,10 @@ def test_quantize(run: Run, tiny: Path, tmp_path: Path, options: list[str], conf
     assert stdout.splitlines()[-1].startswith(f"Saved {tmp_path / 'ours'}")
     table = run("inspect", tmp_path / "ours")[1]
     assert table.splitlines() == stdout.splitlines()[:-1]
-    refused, _, error = run("quantize", "--model", tmp_path / "ours", "--quantize", "nf4" if "int8" in options else "int8",
-                            "--output-dir", tmp_path / "again")  # fmt: skip
+    other = "nf4" if "int8" in options else "int8"
+    refused, _, error = run(
+        "quantize", "--model", tmp_path / "ours", "--quantize", other, "--output-dir", tmp_path / "again"
+    )
     assert refused == 2 and "quantized already" in error and not (tmp_path / "again").exists()
 
 

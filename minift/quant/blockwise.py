@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from minift.numerics.dtypes import DTYPES
-from minift.quant.codebooks import NearestCode, dynamic_map, nearest_dynamic
+from minift.quant import compiled
+from minift.quant.codebooks import TINY, NearestCode, dynamic_map, nearest_dynamic
 
-# Division by the scale of an all-zero block must not make NaN; the stored scale stays 0 (bitsandbytes' constant).
-TINY = 1e-38
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -136,6 +135,9 @@ torch.library.define(
 @torch.library.impl("minift::quantize_blockwise", "default")
 def _quantize_blockwise(x: Tensor, signed: bool, blocksize: int) -> tuple[Tensor, Tensor]:
     """x -> codes of the signed or unsigned dynamic map, scales."""
+    if compiled.applies(x, x.numel(), blocksize):
+        codes_n, absmax_m = compiled.quantize_8bit(x, nearest_dynamic(signed, x.device), blocksize)
+        return codes_n.view(x.shape), absmax_m
     return _quantize_with(nearest_dynamic(signed, x.device), x, blocksize)
 
 

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What divides a block whose scale is 0, so that no NaN comes out; the stored scale stays 0 (bitsandbytes' constant).
+TINY = 1e-38
 NF4_OFFSET = 0.9677083  # the tail probability that the outermost quantiles leave out (bitsandbytes' constant)
 
 

@@ -38,9 +38,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from minift.quant import compiled
 from minift.quant.blockwise import (
     BLOCKSIZES,
-    TINY,
     block_absmax,
     check_input,
     check_scales,
@@ -48,7 +48,7 @@ from minift.quant.blockwise import (
     quantize_blockwise,
     scale_blocks_,
 )
-from minift.quant.codebooks import codebook, dynamic_map, nearest_4bit
+from minift.quant.codebooks import TINY, codebook, dynamic_map, nearest_4bit
 
 NESTED_BLOCKSIZE = 256
 
@@ -116,20 +116,31 @@ def quantize_4bit(
     return packed, QuantState(tuple(x.shape), x.dtype, quant_type, blocksize, nested_codes_m, nested_absmax, offset)
 
 
-def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_4bit(
+    packed: Tensor, state: QuantState, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """Get the tensor back, in `dtype` (default: the dtype it had). Shape `state.shape`.
 
     Args:
         packed: the bytes, in any storage dtype.
+        out: where to write, contiguous, of `state.shape` and the wanted dtype; None allocates. Memory that was written
+            before is ready; a new tensor of some MB costs more in page faults than in arithmetic.
 
     Raises:
-        ValueError: if `packed` or the scales do not have the sizes and types that `state` implies.
+        ValueError: if `packed`, the scales or `out` do not have the sizes and types that `state` implies.
     """
     check_state(packed, state)
-    return torch.ops.minift.dequantize_4bit(
-        packed_bytes(packed), state.absmax, state.nested_absmax, state.nested_offset,
-        state.quant_type, state.blocksize, state.shape, dtype or state.dtype,
-    )  # fmt: skip
+    scales = (state.absmax, state.nested_absmax, state.nested_offset)
+    form = (packed_bytes(packed), *scales, state.quant_type, state.blocksize)
+    dtype = dtype or state.dtype
+    if out is None:
+        return torch.ops.minift.dequantize_4bit(*form, state.shape, dtype)
+    if tuple(out.shape) != tuple(state.shape) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out is {tuple(out.shape)} of {out.dtype}; it must be contiguous, {tuple(state.shape)} of {dtype}"
+        )
+    torch.ops.minift.dequantize_4bit_out(*form, out)
+    return out
 
 
 def packed_bytes(packed: Tensor) -> Tensor:
@@ -182,16 +193,17 @@ def _normalize(x_n: Tensor, absmax_m: Tensor, blocksize: int) -> Tensor:
 
 # Defined with torch.library's plain functions: `custom_op` would import the compiler (1.5 s, 150 MB) at the first call.
 torch.library.define("minift::quantize_4bit", "(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)")
-torch.library.define(
-    "minift::dequantize_4bit",
-    "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
-    "str quant_type, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
-)
+# The arguments that make up a 4-bit weight.
+WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, str quant_type, int blocksize"
+torch.library.define("minift::dequantize_4bit", f"({WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
+torch.library.define("minift::dequantize_4bit_out", f"({WEIGHT}, Tensor(a!) out) -> ()")
 
 
 @torch.library.impl("minift::quantize_4bit", "default")
 def _quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """x -> packed codes uint8 [ceil(n / 2), 1], scales fp32 [m]."""
+    if compiled.applies(x, x.numel(), blocksize):
+        return compiled.quantize_4bit(x, quant_type, blocksize)
     x_n = x.reshape(-1).float()
     absmax_m = block_absmax(x_n, blocksize)
     normalized_n = _normalize(x_n, absmax_m, blocksize)
@@ -226,18 +238,36 @@ def _dequantize_4bit(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """packed uint8, scales (see QuantState) -> tensor of `shape` and `dtype`."""
+    """packed uint8, scales (see QuantState) -> tensor of `shape` and `dtype`, on any device."""
+    out = packed.new_empty(shape, dtype=dtype)
+    torch.ops.minift.dequantize_4bit_out(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
+    return out
+
+
+@torch.library.impl("minift::dequantize_4bit_out", "default")
+def _dequantize_4bit_out(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """The same, written to `out`."""
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_blockwise(absmax, nested_absmax, blocksize=NESTED_BLOCKSIZE) + nested_offset
-    n = prod(shape)
+    n = out.numel()
+    if out.dtype == torch.bfloat16 and compiled.applies(packed, n, blocksize):
+        return compiled.dequantize_4bit(packed, absmax, quant_type, out)
     indices = packed.reshape(-1).int()
-    values_n = _workspace(2 * len(indices), packed.device)
+    values_n = workspace(2 * len(indices), torch.float32, packed.device, "values")
     # Both nibbles of a byte at once: a 256-entry table of fp32 pairs, gathered as 8-byte words.
     torch.index_select(_value_pairs(quant_type, packed.device), 0, indices, out=values_n.view(torch.int64))
-    return scale_blocks_(values_n[:n], absmax, blocksize).to(dtype, copy=True).view(shape)
+    out.view(-1).copy_(scale_blocks_(values_n[:n], absmax, blocksize))
 
 
-@torch.library.impl("minift::dequantize_4bit", "cuda")
+@torch.library.impl("minift::dequantize_4bit_out", "cuda")
 def _dequantize_4bit_cuda(
     packed: Tensor,
     absmax: Tensor,
@@ -245,18 +275,23 @@ def _dequantize_4bit_cuda(
     nested_offset: Tensor | None,
     quant_type: str,
     blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     from minift_kernels.fourbit import dequantize_4bit
 
     weight = (None if part is None else part.contiguous() for part in (packed, absmax, nested_absmax, nested_offset))
-    return dequantize_4bit(*weight, *code_tables(quant_type, packed.device), blocksize, shape, dtype)  # pyright: ignore
+    tables = code_tables(quant_type, packed.device)
+    dequantize_4bit(*weight, *tables, blocksize, out.shape, out.dtype, out.view(-1))  # pyright: ignore
 
 
 @torch.library.register_fake("minift::dequantize_4bit")
 def _dequantize_4bit_fake(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("minift::dequantize_4bit_out")
+def _dequantize_4bit_out_fake(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out):
+    return None
 
 
 @cache
@@ -276,13 +311,14 @@ def _value_pairs(quant_type: str, device: torch.device) -> Tensor:
 _local = threading.local()
 
 
-def _workspace(n: int, device: torch.device) -> Tensor:
-    """fp32 [n] scratch memory, kept between calls, one per thread and device.
+def workspace(n: int, dtype: torch.dtype, device: torch.device, purpose: str) -> Tensor:
+    """[n] scratch memory, kept between calls, one per thread, device, dtype and purpose; overwritten by the next user.
 
     A fresh buffer of a few MB costs more in page faults than the arithmetic: 1.5 against 0.4 ns a value on two cores.
     """
     held = _local.__dict__.setdefault("held", {})
-    if device not in held or held[device].numel() < n:
+    key = (dtype, device, purpose)
+    if key not in held or held[key].numel() < n:
         with torch.inference_mode(False):  # a buffer born in inference mode could never be written to outside it
-            held[device] = torch.empty(n, dtype=torch.float32, device=device)
-    return held[device][:n]
+            held[key] = torch.empty(n, dtype=dtype, device=device)
+    return held[key][:n]

@@ -6,15 +6,12 @@ QLoRA trains adapters *through* a frozen quantized weight W. In 4 bits:
     backward   dx = dy W            the same W, decoded a second time;  dW is never needed
 
 So the layer keeps neither x nor the decoded W for the backward pass: only a reference to the packed bytes, which exist
-anyway. Compared with bitsandbytes' Linear4bit, the backward pass uses the same W as the forward pass even when the
-compute dtype differs from the dtype the weight had before (theirs rounds W to that dtype on the way back only).
+anyway (matmul.py). Compared with bitsandbytes' Linear4bit, the backward pass uses the same W as the forward pass even
+when the compute dtype differs from the dtype the weight had before (theirs rounds W to that one on the way back).
 
 Dtypes in 4 bits: x is cast to the compute dtype, W is decoded straight to it, and y returns in the dtype of x. In 8
 bits the product is one of integers (int8.py); y returns in the dtype of x, too. Quantizing is an explicit call
 (`quantize_weight`, `from_linear`, `quantize_model`), never a side effect of `.to(device)`.
-
-Without gradients and for a few rows (decoding text), a 4-bit product on a GPU is one kernel that never writes W out
-(matmul.py); everywhere else it is decode + matmul.
 
 Peers: bitsandbytes `nn.Linear4bit`, `nn.Linear8bitLt`.
 """
@@ -24,30 +21,12 @@ from dataclasses import replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from minift.quant.config import INT8, QuantConfig
 from minift.quant.fourbit import NESTED_BLOCKSIZE, QuantState, dequantize_4bit, quantize_4bit
 from minift.quant.int8 import dequantize_rows, int8_linear, quantize_weight_int8
-
-
-class FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b for a weight that is decoded on demand and never gets a gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, decode: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.decode = decode
-        return F.linear(x, decode(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (grad_y,) = grads
-        grad_x = grad_y @ ctx.decode() if ctx.needs_input_grad[0] else None
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias
+from minift.quant.matmul import matmul_4bit
 
 
 class QuantizedLinear(nn.Module):
@@ -180,8 +159,8 @@ class Linear4bit(QuantizedLinear):
 
     def set_packed(self, packed: Tensor, state: QuantState) -> None:
         """Take over a weight that is quantized already; its format replaces the configured one."""
-        self.weight, self.absmax = packed, state.absmax
-        self.nested_absmax, self.nested_offset = state.nested_absmax, state.nested_offset
+        held = (packed, state.absmax, state.nested_absmax, state.nested_offset)
+        self.weight, self.absmax, self.nested_absmax, self.nested_offset = map(outside_inference, held)  # pyright: ignore
         self.stored_dtype = state.dtype
         self.config = replace(
             self.config, quant_type=state.quant_type, blocksize=state.blocksize,
@@ -202,7 +181,7 @@ class Linear4bit(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], any float dtype -> [..., out_features] in the same dtype."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return FrozenLinear.apply(x.to(self.compute_dtype), self.dequantize, bias).to(x.dtype)
+        return matmul_4bit(x.to(self.compute_dtype), self.weight, self.quant_state, bias).to(x.dtype)
 
 
 class Linear8bit(QuantizedLinear):
@@ -254,6 +233,14 @@ class Linear8bit(QuantizedLinear):
         """x [..., in_features], any float dtype -> [..., out_features] in the same dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return int8_linear(x, self.weight, self.absmax, bias, self.config.threshold)
+
+
+def outside_inference(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy of one that was made in inference mode: autograd refuses to remember those."""
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def empty_quantized(linear: nn.Linear, config: QuantConfig) -> QuantizedLinear:

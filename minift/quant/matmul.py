@@ -16,13 +16,14 @@ so it is less exact than its own decode + product.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minift.numerics.dtypes import DTYPES
-from minift.quant.fourbit import QuantState, check_state, code_tables, packed_bytes
+from minift.quant.fourbit import WEIGHT, QuantState, check_state, code_tables, packed_bytes, workspace
 
 
 def matmul_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
@@ -53,11 +54,8 @@ def matmul_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
 # --- the operator: see fourbit.py -------------------------------------------------------------------------------------
 
-torch.library.define(
-    "minift::matmul_4bit",
-    "(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
-    "str quant_type, int blocksize, SymInt[] shape, Tensor? bias) -> Tensor",
-)
+torch.library.define("minift::matmul_4bit", f"(Tensor x, {WEIGHT}, SymInt[] shape, Tensor? bias) -> Tensor")
+torch.library.define("minift::matmul_4bit_dx", f"(Tensor grad_y, {WEIGHT}, SymInt[] shape) -> Tensor")
 
 
 def _decode_and_multiply(
@@ -72,10 +70,27 @@ def _decode_and_multiply(
     bias: Tensor | None,
 ) -> Tensor:
     """x [..., i], packed weight [o, i] -> [..., o]."""
-    weight_oi = torch.ops.minift.dequantize_4bit(
-        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, x.dtype
-    )
+    weight_oi = _decode(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, x.dtype)
     return F.linear(x, weight_oi, bias)
+
+
+def _decode(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight, in memory that the next call overwrites."""
+    # On a GPU the allocator hands out the same memory again by itself, and in the order of each stream.
+    on_cpu, n = packed.device.type == "cpu", prod(shape)
+    weight_n = workspace(n, dtype, packed.device, "weight") if on_cpu else packed.new_empty(n, dtype=dtype)
+    weight_oi = weight_n.view(shape)
+    torch.ops.minift.dequantize_4bit_out(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, weight_oi)
+    return weight_oi
 
 
 torch.library.impl("minift::matmul_4bit", "default", _decode_and_multiply)
@@ -111,19 +126,46 @@ def _matmul_4bit_fake(x, packed, absmax, nested_absmax, nested_offset, quant_typ
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, packed, absmax, nested_absmax, nested_offset, *form, _ = inputs
+@torch.library.impl("minift::matmul_4bit_dx", "default")
+def _matmul_4bit_dx(
+    grad_y: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    """dx = dy W, [..., o] -> [..., i]."""
+    return grad_y @ _decode(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad_y.dtype)
+
+
+@torch.library.register_fake("minift::matmul_4bit_dx")
+def _matmul_4bit_dx_fake(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape):
+    return grad_y.new_empty((*grad_y.shape[:-1], shape[1]))
+
+
+def _keep_weight(ctx, inputs, output) -> None:
+    """Remember the weight of either operator: references to tensors that exist anyway."""
+    _, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, *_ = inputs
     ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-    ctx.form, ctx.dtype = form, x.dtype
+    ctx.form = (quant_type, blocksize, shape)
 
 
 def _backward(ctx, grad_y: Tensor):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad_y @ torch.ops.minift.dequantize_4bit(*ctx.saved_tensors, *ctx.form, ctx.dtype)
+        grad_x = torch.ops.minift.matmul_4bit_dx(grad_y, *ctx.saved_tensors, *ctx.form)
     if ctx.needs_input_grad[-1]:
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
     return grad_x, *[None] * 7, grad_bias
 
 
-torch.library.register_autograd("minift::matmul_4bit", _backward, setup_context=_setup_context)
+def _backward_dx(ctx, grad_dx: Tensor):
+    """dx = dy W is a product with W, too, so its derivative is one with W^T: the forward pass."""
+    return torch.ops.minift.matmul_4bit(grad_dx, *ctx.saved_tensors, *ctx.form, None), *[None] * 7
+
+
+torch.library.register_autograd("minift::matmul_4bit", _backward, setup_context=_keep_weight)
+torch.library.register_autograd("minift::matmul_4bit_dx", _backward_dx, setup_context=_keep_weight)

@@ -492,6 +492,35 @@ def test_operator_passes_opcheck(shape: tuple[int, ...], dtype: torch.dtype, dou
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(64, 65), (33,), (128, 64)])
+def test_decoding_into_given_memory(shape: tuple[int, ...], double_quant: bool, dtype: torch.dtype):
+    packed, state = quantize_4bit(torch.randn(shape).to(dtype), "nf4", 64, double_quant)
+    buffer = torch.full((state_size(state) + 2,), 7.0, dtype=dtype)
+    out = buffer[1:-1].view(shape)
+    assert dequantize_4bit(packed, state, out=out) is out
+    assert same(out, dequantize_4bit(packed, state))
+    assert (buffer[0], buffer[-1]) == (7, 7)
+    torch.library.opcheck(
+        torch.ops.minift.dequantize_4bit_out.default,
+        (packed, state.absmax, state.nested_absmax, state.nested_offset, "nf4", 64, torch.empty(shape, dtype=dtype)),
+    )
+
+
+def state_size(state: QuantState) -> int:
+    return torch.Size(state.shape).numel()
+
+
+@pytest.mark.parametrize(
+    "out", [torch.empty(64, 31), torch.empty(2048), torch.empty(32, 64, dtype=torch.bfloat16), torch.empty(64, 32).T]
+)
+def test_memory_that_does_not_fit_is_refused(out: Tensor):
+    packed, state = quantize_4bit(torch.randn(32, 64))
+    with pytest.raises(ValueError, match=r"out is .*contiguous, \(32, 64\)"):
+        dequantize_4bit(packed, state, out=out)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

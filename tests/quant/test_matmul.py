@@ -82,6 +82,20 @@ def test_gradients(dtype: torch.dtype, rows: tuple[int, ...]):
     assert ((bias.grad.double() - wide_bias.grad).abs() <= within).all()
 
 
+def test_second_derivative():
+    """Products with W on the way back are products with W^T on the way forth. As torch does with the decoded weight,
+    up to rounding: sums of 64 and of 8 fp32 products of numbers around 1."""
+    packed, state = quantize_4bit(torch.randn(8, 64))
+    weight_oi, bias = dequantize_4bit(packed, state), torch.randn(8)
+    results = []
+    for product in (lambda x: matmul_4bit(x, packed, state, bias), lambda x: x @ weight_oi.T + bias):
+        x = torch.linspace(-1, 1, 3 * 64).view(3, 64).requires_grad_()
+        (gradient,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    assert results[0].abs().max() > 1
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4 * results[1].abs().max().item())
+
+
 @pytest.mark.parametrize(("x_needs", "bias_needs"), [(True, False), (False, True), (False, False)])
 def test_gradients_only_where_asked_for(x_needs: bool, bias_needs: bool):
     packed, state = quantize_4bit(torch.randn(8, 64))
@@ -118,6 +132,8 @@ def test_operator_passes_opcheck(dtype: torch.dtype, double_quant: bool, rows: t
     torch.library.opcheck(
         torch.ops.minift.matmul_4bit.default, (x, packed, *scales, "nf4", 64, state.shape, bias),
     )  # fmt: skip
+    grad_y = torch.randn(*rows, 9).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.minift.matmul_4bit_dx.default, (grad_y, packed, *scales, "nf4", 64, state.shape))
 
 
 X, BIAS = torch.ones(2, 64), torch.ones(8)

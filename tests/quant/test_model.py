@@ -98,7 +98,9 @@ def test_which_layers_are_swapped(head: str, tied: bool, skip: tuple[str, ...], 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(
-    path=st.lists(st.sampled_from(["model", "layers", "1", "11", "q_proj", "proj", "lm_head"]), min_size=1).map(".".join),
+    path=st.lists(st.sampled_from(["model", "layers", "1", "11", "q_proj", "proj", "lm_head"]), min_size=1).map(
+        ".".join
+    ),
     skip=st.lists(st.sampled_from(["model", "layers.1", "1", "proj", "q_proj", ".*1", "lm_head", "model.layers", "l"])),
 )
 def test_names_are_skipped_as_transformers_skips_them(path: str, skip: list[str]):
@@ -106,7 +108,7 @@ def test_names_are_skipped_as_transformers_skips_them(path: str, skip: list[str]
 
 
 def test_format_is_checked_early():
-    with pytest.raises(ValueError, match="'int4'.*nf4, fp4, int8"):
+    with pytest.raises(ValueError, match=r"'int4'.*nf4, fp4, int8"):
         QuantConfig("int4")
     for blocksize in (48, 16, 8192):
         with pytest.raises(ValueError, match="blocksize"):
@@ -128,8 +130,15 @@ def test_format_is_checked_early():
         QuantConfig.named("int3")
 
 
-@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig("fp4", double_quant=False), QuantConfig("int8"),
-                                    QuantConfig(compute_dtype=torch.bfloat16, quant_storage=torch.float16, skip=())])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(),
+        QuantConfig("fp4", double_quant=False),
+        QuantConfig("int8"),
+        QuantConfig(compute_dtype=torch.bfloat16, quant_storage=torch.float16, skip=()),
+    ],
+)
 def test_settings_survive_config_json(config: QuantConfig):
     """Written and read again; a compute dtype that was left open is written as transformers' default."""
     again = QuantConfig.from_json(config.to_json(), "here")
