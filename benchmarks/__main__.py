@@ -84,7 +84,7 @@ def rows_of(name: str, arguments: argparse.Namespace, bandwidth: float | None) -
     if name in OWN_PROCESSES:
         yield from module.run()
         return
-    rows = module.rows(Setup(torch.device(arguments.device), arguments.quick))
+    rows = module.rows(Setup(torch.device(arguments.device), arguments.quick, arguments.compile))
     clock = cuda_seconds if arguments.device == "cuda" else cpu_seconds
     rounds = arguments.rounds or ROUNDS[arguments.device]
     yield from measure_all(rows, rounds, clock, bandwidth, suffix=", compiled" if arguments.compile else "")

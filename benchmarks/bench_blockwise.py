@@ -32,7 +32,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         check=_check_codes,
         facts=lambda ours, theirs: wrong_codes(x_n, ours, theirs),
         bytes_moved=bytes_moved,
-        goal=0.9 if setup.device.type == "cpu" else None,
+        goal=setup.goal(compiled=0.9),
     )
     codes, absmax = _quantize_theirs(x_n)
     yield Row(

@@ -13,6 +13,10 @@ What slows the machine for a while slows both sides of a round, and who goes fir
 - The inputs rotate, and together exceed the last cache. A model's weight is not in the cache when its turn comes;
   calling a function on the same one again and again would measure something else.
 - A round repeats a short call until it lasts a millisecond, far above what the clock and its call cost.
+- The heap is trimmed before each round. A new tensor of 32 MB is fresh memory from Linux, and its page faults cost more
+  than decoding a weight into it, unless the allocator happens to hold such a piece: then the same call takes a sixth of
+  the time. Which of the two it is depends on all that the process did before. So here new memory is fresh, and rows
+  where that decides are shown a second time with `kept_memory`.
 
 On a GPU a call only queues its work, so the clock there is a pair of events in the queue. Bandwidth is compared with a
 plain copy on the same device in the same run, not with a data sheet.
@@ -20,6 +24,7 @@ plain copy on the same device in the same run, not with a data sheet.
 Left out: CUDA graphs (the time to launch a kernel counts, as it does in eager training), and hot caches.
 """
 
+import ctypes
 import itertools
 import json
 import math
@@ -27,6 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minift.atomic import atomic_file
+from minift.heap import give_memory_back
 
 Work = Callable[[], object]
 Clock = Callable[[Work], float]
@@ -55,10 +62,18 @@ class Setup:
     Attributes:
         device: of all inputs.
         quick: tiny sizes and two inputs a row: shows that everything runs; the times mean nothing.
+        compiled: minift's compiled CPU forms are in use, which have goals of their own.
     """
 
     device: torch.device
     quick: bool = False
+    compiled: bool = False
+
+    def goal(
+        self, *, compiled: float | None = None, eager: float | None = None, cuda: float | None = None
+    ) -> float | None:
+        """The goal of this way of running."""
+        return cuda if self.device.type == "cuda" else compiled if self.compiled else eager
 
     def size(self, full: int) -> int:
         """A dimension: itself, or when quick a sixteenth of it, but 64 are left if there were so many."""
@@ -83,6 +98,7 @@ class Row:
         bytes_moved: least traffic of a call, for the share of the memory bandwidth.
         goal: the ratio aimed at.
         honest: shown although, or because, it is expected to lose.
+        kept_memory: the allocator gives nothing back to Linux, so that new tensors cost no page faults.
         facts: (result of ours, of theirs) -> more entries of the reported row; `note` is shown in the tables.
     """
 
@@ -94,6 +110,7 @@ class Row:
     bytes_moved: float | None = None
     goal: float | None = None
     honest: bool = False
+    kept_memory: bool = False
     facts: Callable[[Any, Any], dict[str, Any]] | None = None
 
 
@@ -154,11 +171,14 @@ def measure(row: Row, rounds: int, clock: Clock, bandwidth: float | None = None)
     facts = _agree(row)
     if why_not(facts):
         return result | facts
-    sides = {"ours": Side(row.ours, row.inputs, clock), "theirs": Side(row.theirs, row.inputs, clock)}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in tqdm(range(rounds), desc=row.name, leave=False, disable=None):
-        for name in sorted(sides, reverse=bool(number % 2)):
-            seconds[name].append(sides[name].round() / sides[name].repeats)
+    with allocator(row.kept_memory):
+        sides = {"ours": Side(row.ours, row.inputs, clock), "theirs": Side(row.theirs, row.inputs, clock)}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for number in tqdm(range(rounds), desc=row.name, leave=False, disable=None):
+            for name in sorted(sides, reverse=bool(number % 2)):
+                if not row.kept_memory:
+                    give_memory_back()
+                seconds[name].append(sides[name].round() / sides[name].repeats)
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
     result |= {"rounds": rounds, "ratio": spread(ratios)}
     result["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
@@ -170,6 +190,23 @@ def measure(row: Row, rounds: int, clock: Clock, bandwidth: float | None = None)
     if row.honest:
         result["honest"] = True
     return result | facts
+
+
+@contextmanager
+def allocator(keep: bool) -> Iterator[None]:
+    """With `keep`, glibc's allocator returns nothing to Linux, not even large pieces."""
+    libc = ctypes.CDLL(None) if keep and sys.platform == "linux" else None
+    if libc is None:
+        yield
+        return
+    m_trim_threshold, m_mmap_max, default_mmap_max, default_trim = -1, -4, 65536, 128 * 1024  # from malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 1 << 30)
+    try:
+        yield
+    finally:
+        libc.mallopt(m_mmap_max, default_mmap_max)
+        libc.mallopt(m_trim_threshold, default_trim)
 
 
 def _agree(row: Row) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_version(run: Run):
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "fp4", "none"])
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8", "none"])
 def test_train(run: Run, tiny: Path, data: Path, quantize: str):
     status, stdout, stderr = run("train", "--model", tiny, "--data", data, *QUICK, "--quantize", quantize,
                                  "--epochs", 2, "--lr", 0.01, "--output-dir", "out")  # fmt: skip
@@ -255,7 +255,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "none"])
+@pytest.mark.parametrize("quantize", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_chat_answers_piped_lines(
     run: Run, tiny: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, with_adapter: bool, quantize: str

@@ -264,6 +264,9 @@ def test_file_has_a_docstring_and_fits(module: str):
     assert len(text.splitlines()) <= 400, f"{module} has more than one idea"
 
 
+PUBLIC = ("minift", "minift.numerics", "minift.quant")
+
+
 def has_docstring(value: object) -> bool:
     """Its own, not one inherited or made up: a dataclass without one is given its signature."""
     docstring = vars(value).get("__doc__") if isinstance(value, type) else getattr(value, "__doc__", None)
@@ -272,14 +275,14 @@ def has_docstring(value: object) -> bool:
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [(package, name) for package in ("minift", "minift.numerics", "minift.quant") for name in importlib.import_module(package).__all__],
+    [(package, name) for package in PUBLIC for name in importlib.import_module(package).__all__],
 )
 def test_public_name_exists_and_is_explained(package: str, name: str):
     value = getattr(importlib.import_module(package), name)
     assert has_docstring(value), f"{package}.{name} has no docstring"
 
 
-@pytest.mark.parametrize("package", ["minift", "minift.numerics", "minift.quant"])
+@pytest.mark.parametrize("package", PUBLIC)
 def test_public_names_are_listed_once(package: str):
     names = importlib.import_module(package).__all__
     assert len(names) == len(set(names)) > 0

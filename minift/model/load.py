@@ -193,9 +193,9 @@ def _leaf(name: str) -> str:
 def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    to_quantize = isinstance(module, QuantizedLinear) and leaf == "weight"
-    if to_quantize:
-        shape, dtype = (module.out_features, module.in_features), module.stored_dtype
+    layer = module if isinstance(module, QuantizedLinear) and leaf == "weight" else None
+    if layer is not None:
+        shape, dtype = (layer.out_features, layer.in_features), layer.stored_dtype
     else:
         shape, dtype = tuple(getattr(module, leaf).shape), getattr(module, leaf).dtype
     if not tensor.is_floating_point():
@@ -204,9 +204,9 @@ def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> 
         )
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint; the model needs {shape}")
-    if to_quantize:
+    if layer is not None:
         try:
-            module.quantize_weight(tensor.to(device, dtype))
+            layer.quantize_weight(tensor.to(device, dtype))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     else:

@@ -159,8 +159,9 @@ class Linear4bit(QuantizedLinear):
 
     def set_packed(self, packed: Tensor, state: QuantState) -> None:
         """Take over a weight that is quantized already; its format replaces the configured one."""
-        held = (packed, state.absmax, state.nested_absmax, state.nested_offset)
-        self.weight, self.absmax, self.nested_absmax, self.nested_offset = map(outside_inference, held)  # pyright: ignore
+        self.weight, self.absmax = outside_inference(packed), outside_inference(state.absmax)
+        nested = (state.nested_absmax, state.nested_offset)
+        self.nested_absmax, self.nested_offset = (None if t is None else outside_inference(t) for t in nested)
         self.stored_dtype = state.dtype
         self.config = replace(
             self.config, quant_type=state.quant_type, blocksize=state.blocksize,
@@ -223,7 +224,8 @@ class Linear8bit(QuantizedLinear):
 
     def set_codes(self, codes_oi: Tensor, absmax_o: Tensor, stored_dtype: torch.dtype) -> None:
         """Take over a weight that is quantized already."""
-        self.weight, self.absmax, self.stored_dtype = codes_oi, absmax_o, stored_dtype
+        self.weight, self.absmax = outside_inference(codes_oi), outside_inference(absmax_o)
+        self.stored_dtype = stored_dtype
 
     def dequantize(self) -> Tensor:
         """The weight in the compute dtype, [out_features, in_features]."""
@@ -235,9 +237,9 @@ class Linear8bit(QuantizedLinear):
         return int8_linear(x, self.weight, self.absmax, bias, self.config.threshold)
 
 
-def outside_inference(tensor: Tensor | None) -> Tensor | None:
+def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode: autograd refuses to remember those."""
-    if tensor is None or not tensor.is_inference():
+    if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()

@@ -7,6 +7,7 @@ AVX-512 dequantizer mistakes the scales of others).
 
 import copy
 import io
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -206,11 +207,12 @@ def test_inference_mode_then_training():
     assert torch.equal(before, trained.detach()) and torch.equal(before, after)
 
 
-def test_quantized_inside_inference_mode():
+@pytest.mark.parametrize("kind", [Linear4bit, Linear8bit])
+def test_quantized_inside_inference_mode(kind: type[Linear4bit] | type[Linear8bit]):
     """Building a model under inference_mode is a habit; its layers must still pass gradients on."""
     linear = nn.Linear(IN, OUT)
     with torch.inference_mode():
-        layer = Linear4bit.from_linear(linear)
+        layer = kind.from_linear(linear)
     x = torch.randn(3, IN, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None
@@ -316,9 +318,7 @@ def test_int8_layer_computes_llm_int8(threshold: float, bias: bool, dtype: torch
     for shape in INPUTS[:4]:
         x, grad_y = torch.randn(shape).to(dtype) * 3, torch.randn(*shape[:-1], OUT).to(dtype)
         ours = forward_and_gradients(layer, x, grad_y, None)
-        theirs = forward_and_gradients(
-            lambda x: int8_linear(x, codes, absmax, layer.bias, threshold), x, grad_y, None
-        )
+        theirs = forward_and_gradients(lambda x: int8_linear(x, codes, absmax, layer.bias, threshold), x, grad_y, None)
         assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
         assert ours[0].dtype == dtype and ours[1].dtype == dtype
 
@@ -329,7 +329,7 @@ def test_int8_layer_is_close_to_bitsandbytes(dtype: torch.dtype, threshold: floa
     """In evaluation mode; its constant for 1/127^2 is 1.8e-5 too large (test_int8.py), and the result is rounded once
     more, to dtype: half a unit in the last place on each side."""
     linear = nn.Linear(128, 96).to(dtype)
-    theirs = bitsandbytes.nn.Linear8bitLt(128, 96, has_fp16_weights=False, threshold=threshold)
+    theirs: Any = bitsandbytes.nn.Linear8bitLt(128, 96, has_fp16_weights=False, threshold=threshold)
     theirs.load_state_dict(linear.state_dict())
     theirs.to("cpu").eval()
     ours = Linear8bit.from_linear(linear, QuantConfig("int8", threshold=threshold))

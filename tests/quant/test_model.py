@@ -4,6 +4,7 @@ The rule of names is transformers' (`should_convert_module`), called here as the
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_settings_survive_config_json(config: QuantConfig):
         assert (again.quant_type, again.threshold, again.skip) == ("int8", config.threshold, config.skip)
     else:
         assert again.compute_dtype == (config.compute_dtype or torch.float32)
-        assert again == QuantConfig(**(vars(config) | {"compute_dtype": again.compute_dtype}))
+        assert again == replace(config, compute_dtype=again.compute_dtype)
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.ModuleDict({"lm_head": nn.Linear(4, 4)})])
