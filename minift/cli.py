@@ -209,11 +209,11 @@ def train(model: str, data: str, **options: Any) -> int:
 def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: int, memory: bool, **options: Any) -> int:
     """Talk to a model, with or without an adapter. Ends with an empty line or Ctrl-D.
 
-    The adapter was trained on the quantized weights, so these are used here, too (decoded once, for speed).
+    The adapter was trained on the quantized weights, so these are used here, too (4-bit ones decoded once, for speed).
     """
     import minift
     from minift.model.generate import Sampling, stream
-    from minift.quant import dequantize_model
+    from minift.quant import Linear4bit, dequantize_model
 
     machine = _machine(options)
     sampling = Sampling(**options)
@@ -221,7 +221,7 @@ def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: in
     loaded = minift.load_model(model, *machine)
     if adapter:
         minift.load_adapter(loaded, adapter)
-    dequantize_model(loaded)
+    dequantize_model(loaded, Linear4bit)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     interactive = sys.stdin.isatty()

@@ -31,7 +31,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         raise ValueError("nothing to merge: the model has no adapter")
     for path, layer in layers.items():
         base = layer.base
-        weight_oi = base.dequantize() if isinstance(base, QuantizedLinear) else base.weight
+        weight_oi = base.dequantize(base.dtype) if isinstance(base, QuantizedLinear) else base.weight
         merged_oi = weight_oi.float() + sum(layer.delta(name) for name in layer.active)
         model.set_submodule(path, plain_linear(merged_oi.to(weight_oi.dtype), base.bias))
     return list(layers)

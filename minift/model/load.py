@@ -46,7 +46,7 @@ def load_model(
         quantize: "nf4", "fp4" (with double quantization), "int8" or a QuantConfig: the format of the decoder's linears;
             embeddings, norms and head keep `dtype`. None: as the checkpoint has them. A checkpoint that is quantized
             already must have the format asked for.
-        dtype: of weights and activations; None keeps the checkpoint's.
+        dtype: of weights, activations and arithmetic; None keeps the checkpoint's.
         device: where the model goes. Quantization happens there, too.
         attention: "sdpa" (fused) or "eager" (step by step).
 
@@ -66,12 +66,10 @@ def build_model(
 ) -> CausalLM:
     """The model of a folder on the meta device: every shape and dtype, no memory."""
     config = ModelConfig.from_folder(folder)
-    if dtype is None:
-        if config.dtype not in DTYPES:
-            raise ValueError(f"{folder / 'config.json'}: dtype {config.dtype!r}; choose one of {', '.join(DTYPES)}")
-        dtype = DTYPES[config.dtype]
+    if dtype is None and config.dtype not in DTYPES:
+        raise ValueError(f"{folder / 'config.json'}: dtype {config.dtype!r}; choose one of {', '.join(DTYPES)}")
     with torch.device("meta"):
-        model = CausalLM(config, attention).to(dtype)
+        model = CausalLM(config, attention).to(dtype or DTYPES[config.dtype])
     wanted, stored = QuantConfig.named(quantize), config.quantization
     if wanted and stored and wanted.quant_type != stored.quant_type:
         raise ValueError(
@@ -79,7 +77,8 @@ def build_model(
             "(quantize=None, --quantize none), or start from the unquantized checkpoint"
         )
     if stored:
-        swap_linears(model, replace(stored, blocksize=_stored_blocksize(folder)))
+        compute_dtype = stored.compute_dtype if dtype is None else dtype
+        swap_linears(model, replace(stored, blocksize=_stored_blocksize(folder), compute_dtype=compute_dtype))
     elif wanted:
         swap_linears(model, wanted)
     return model

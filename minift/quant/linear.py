@@ -35,8 +35,9 @@ class QuantizedLinear(nn.Module):
     Attributes:
         in_features, out_features, bias: as torch.nn.Linear; the bias is not quantized.
         config: the format.
+        dtype: of the layers around it, and so of the plain layer that may take its place; `.to(dtype)` changes it.
         stored_dtype: dtype of the weight before it was quantized.
-        compute_dtype: dtype of the decoded weight.
+        compute_dtype: dtype that the weight is decoded to for a product.
     """
 
     weight: Tensor
@@ -54,7 +55,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.config = config or self.default_config()
-        self.stored_dtype, self.compute_dtype = dtype, self.config.compute_dtype or dtype
+        self.dtype = self.stored_dtype = dtype
+        self.compute_dtype = self.config.compute_dtype or dtype
         parameter = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
         self.bias = parameter if bias else None
 
@@ -76,9 +78,13 @@ class QuantizedLinear(nn.Module):
         """Fill the buffers from a floating-point weight [out_features, in_features]."""
         raise NotImplementedError
 
-    def dequantize(self) -> Tensor:
-        """The weight in the compute dtype, [out_features, in_features]."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`; None is the compute dtype."""
         raise NotImplementedError
+
+    def plain(self) -> nn.Linear:
+        """An ordinary frozen layer with the decoded weight, in the dtype of the layers around it."""
+        return plain_linear(self.dequantize(self.dtype), self.bias)
 
     def _check_shape(self, weight_oi: Tensor) -> None:
         expected = (self.out_features, self.in_features)
@@ -88,6 +94,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(device)` moves everything; `.to(dtype)` must not convert codes and scales: that is another weight."""
         held = dict(self.named_buffers(recurse=False))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         super()._apply(fn, recurse)
         for name, before in held.items():
             moved = getattr(self, name)
@@ -175,9 +182,9 @@ class Linear4bit(QuantizedLinear):
             self.absmax, self.nested_absmax, self.nested_offset,
         )  # fmt: skip
 
-    def dequantize(self) -> Tensor:
-        """The weight in the compute dtype, [out_features, in_features]."""
-        return dequantize_4bit(self.weight, self.quant_state, self.compute_dtype)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`; None is the compute dtype."""
+        return dequantize_4bit(self.weight, self.quant_state, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], any float dtype -> [..., out_features] in the same dtype."""
@@ -227,9 +234,9 @@ class Linear8bit(QuantizedLinear):
         self.weight, self.absmax = outside_inference(codes_oi), outside_inference(absmax_o)
         self.stored_dtype = stored_dtype
 
-    def dequantize(self) -> Tensor:
-        """The weight in the compute dtype, [out_features, in_features]."""
-        return dequantize_rows(self.weight, self.absmax, self.compute_dtype)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`; None is the compute dtype."""
+        return dequantize_rows(self.weight, self.absmax, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], any float dtype -> [..., out_features] in the same dtype."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from minift.quant.config import QuantConfig
-from minift.quant.linear import QuantizedLinear, empty_quantized, plain_linear
+from minift.quant.linear import QuantizedLinear, empty_quantized
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,24 @@ def plan(model: nn.Module, config: QuantConfig) -> dict[str, str]:
     return reasons
 
 
-def dequantize_model(model: nn.Module) -> list[str]:
+def dequantize_model(model: nn.Module, kind: type[QuantizedLinear] = QuantizedLinear) -> list[str]:
     """Replace every quantized linear layer by an ordinary nn.Linear with the decoded weight, in place.
 
-    With 4 bits the outputs stay the same to the bit: the decoded values are those the layer multiplies with. It trades
+    With 4 bits the outputs stay the same to the bit: the decoded values are those the layer multiplies with (unless it
+    computes in another dtype than its surroundings: the plain layer has no such setting). It trades
     memory (4x at 16 bit) for not decoding at every token, which is what slows generation down on a CPU. With int8 the
-    rounding of the activations goes away, too.
+    outputs change, since the rounding of the activations goes away.
+
+    Args:
+        model: any module tree.
+        kind: which layers: all, or only Linear4bit or Linear8bit.
 
     Returns:
         names of the replaced modules.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
     for name, layer in layers:
-        model.set_submodule(name, plain_linear(layer.dequantize(), layer.bias))
+        model.set_submodule(name, layer.plain())
     return [name for name, _ in layers]
 
 

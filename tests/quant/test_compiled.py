@@ -16,6 +16,7 @@ from torch import Tensor
 from minift.quant import (
     Linear4bit,
     QuantConfig,
+    QuantState,
     codebook,
     compile_kernels,
     compiled,
@@ -105,6 +106,23 @@ def test_dequantize_4bit(compiler: None, quant_type: str, dtype: torch.dtype, do
     _, state = quantize_4bit(awkward(64)[3:].repeat(5, 1)[:1400].to(dtype), quant_type, 64, double_quant)
     eager, ours = eager_and_compiled(lambda: (dequantize_4bit(packed, state),))
     assert_same_bits(eager, ours)
+
+
+@inside
+@needs_compiler
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_ties_are_rounded_to_even(compiler: None, quant_type: str):
+    """Scales exactly between two bf16 numbers, beside them, tiny and huge; the codes 1 and -1 keep them as they are."""
+    middle = ((torch.arange(0x3F80, 0x3FC0, dtype=torch.int32) << 16) | 0x8000).view(torch.float32)
+    beside = [torch.nextafter(middle, torch.tensor(end)) for end in (0.0, 9.0)]
+    absmax = torch.cat([middle, *beside, torch.tensor([0.0, 1e-45, 1e-40, 1e-38, 3.38e38, 3.4e38])])
+    packed = torch.arange(32, dtype=torch.uint8).mul(8).repeat(len(absmax))[:, None] | 1
+    packed[0::8] = codebook(quant_type).argmax() * 17
+    packed[1::8] = codebook(quant_type).argmin() * 17
+    state = QuantState((64 * len(absmax),), torch.bfloat16, quant_type, 64, absmax)
+    eager, ours = eager_and_compiled(lambda: (dequantize_4bit(packed, state),))
+    assert_same_bits(eager, ours)
+    assert (ours[0][:64].abs() == middle[0].bfloat16()).any()
 
 
 @inside

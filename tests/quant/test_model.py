@@ -177,7 +177,7 @@ def test_quantize_model(quantize: str | QuantConfig, dtype: torch.dtype):
         assert torch.equal(layer.dequantize(), dequantize_4bit(packed, state))
         assert layer.compute_dtype == layer.stored_dtype == dtype
         assert (layer.bias is None) == (linear.bias is None)
-        assert layer.bias is None or torch.equal(layer.bias, linear.bias)
+        assert layer.bias is None or (torch.equal(layer.bias, linear.bias) and not layer.bias.requires_grad)
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in untouched.items())
 
@@ -244,6 +244,30 @@ def test_dequantize_model_gives_the_same_bits(quant_type: str, dtype: torch.dtyp
     assert isinstance(linear, nn.Linear) and linear.weight.dtype == dtype
     assert not linear.weight.requires_grad and (linear.out_features, linear.in_features) == (16, 16)
     assert dequantize_model(model) == []
+
+
+def test_a_layer_that_computes_in_another_dtype_becomes_one_of_its_surroundings():
+    """bf16 model, fp32 arithmetic: the plain layers must fit bf16 activations, also after `.to()`."""
+    for cast, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        model = Model().bfloat16()
+        quantize_model(model, QuantConfig(compute_dtype=torch.float32))
+        ids = torch.randint(0, 40, (2, 9))
+        model = model if cast is None else model.to(cast)
+        before = model(ids)
+        dequantize_model(model)
+        assert model.get_submodule(PROJECTIONS[0]).weight.dtype == expected
+        # Rounded inputs and products of 16 numbers: bf16 keeps 8 bits.
+        torch.testing.assert_close(model(ids), before, rtol=0.1, atol=0.1)
+
+
+def test_only_one_kind_is_dequantized():
+    model = Model()
+    quantize_model(model, QuantConfig("int8", skip=("lm_head", "q_proj")))
+    quantize_model(model, QuantConfig())
+    kinds = [type(model.get_submodule(name)) for name in PROJECTIONS]
+    assert kinds == [Linear4bit, Linear8bit] * 2
+    assert dequantize_model(model, Linear4bit) == PROJECTIONS[::2]
+    assert [type(model.get_submodule(name)) for name in PROJECTIONS] == [nn.Linear, Linear8bit] * 2
 
 
 def test_quantized_model_trains_what_is_left():
