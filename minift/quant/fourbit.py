@@ -258,7 +258,8 @@ def _dequantize_4bit_out(
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_blockwise(absmax, nested_absmax, blocksize=NESTED_BLOCKSIZE) + nested_offset
     n = out.numel()
-    if out.dtype == torch.bfloat16 and compiled.applies(packed, n, blocksize):
+    # Compiled, two bf16 values are written as one int32, which must lie at a multiple of 4 bytes.
+    if out.dtype == torch.bfloat16 and out.data_ptr() % 4 == 0 and compiled.applies(packed, n, blocksize):
         return compiled.dequantize_4bit(packed, absmax, quant_type, out)
     indices = packed.reshape(-1).int()
     values_n = workspace(2 * len(indices), torch.float32, packed.device, "values")

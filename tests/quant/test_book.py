@@ -123,6 +123,48 @@ def test_opt_350m_lora_trains_786_432_parameters():
     assert round(100 * trained / total, 4) == 0.2369
 
 
+def numel(model: nn.Module, *ends: str) -> int:
+    """Parameters of the modules whose path ends so."""
+    return sum(p.numel() for name, m in model.named_modules() if name.endswith(ends) for p in m.parameters())
+
+
+def test_opt_350m_lora_with_trained_copies_of_modules():
+    """PEFT's modules_to_save trains a full copy beside each module: of the layer norms, then of the embedding, too."""
+    model = opt(QuantConfig())
+    minift.add_lora(model, minift.LoraConfig(r=8, target_modules=("q_proj", "v_proj")))
+    trained, total = count_parameters(model)
+    norms, embedding = numel(model, "layer_norm"), numel(model, "embed_tokens")
+    assert (trained + norms, total + norms) == (884_736, 332_081_152)
+    assert round(100 * 884_736 / 332_081_152, 4) == 0.2664
+    both = norms + embedding
+    assert (trained + both, total + both) == (26_624_000, 357_820_416)
+    assert round(100 * 26_624_000 / 357_820_416, 4) == 7.4406
+
+
+def test_opt_350m_lora_on_the_embedding():
+    """A is 8 x 50,272 and B 512 x 8; the total counts the copy that unties the head."""
+    model = opt(QuantConfig())
+    minift.add_lora(model, minift.LoraConfig(r=8, target_modules=("q_proj", "v_proj")))
+    trained, total = count_parameters(model)
+    low_rank = 8 * 50272 + 512 * 8
+    embedding = numel(model, "embed_tokens")
+    assert embedding == 50272 * 512
+    assert (trained + low_rank, total + low_rank + embedding) == (1_192_704, 358_128_384)
+    assert round(100 * 1_192_704 / 358_128_384, 4) == 0.3330
+
+
+def test_tinyllama_qlora_trains_50_462_720_parameters():
+    """The seminar's run: r = 64 on all seven projections."""
+    tinyllama = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model = on_meta(tinyllama)
+    swap_linears(model, QuantConfig())
+    minift.add_lora(model, minift.LoraConfig(r=64, alpha=32))
+    assert count_parameters(model)[0] == 50_462_720
+
+
 @pytest.mark.parametrize(("bits", "size"), [(32, 1440), (16, 720), (8, 360), (4, 180)])
 def test_360_million_parameters_take_1440_720_360_180_mb(bits: int, size: int):
     stored = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}

@@ -138,6 +138,18 @@ def test_quantize_blockwise(compiler: None, signed: bool, dtype: torch.dtype):
 
 @inside
 @needs_compiler
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_memory_at_any_address(compiler: None, start: int):
+    """Two bf16 values are written as one int32, which needs an address that is a multiple of 4."""
+    packed, state = quantize_4bit(torch.randn(64, 64).bfloat16())
+    buffer = torch.zeros(64 * 64 + 4, dtype=torch.bfloat16)
+    out = buffer[start : start + 64 * 64].view(64, 64)
+    assert_same_bits(*eager_and_compiled(lambda: (dequantize_4bit(packed, state, out=out).clone(),)))
+    assert not buffer[:start].any() and not buffer[start + 64 * 64 :].any()
+
+
+@inside
+@needs_compiler
 def test_tensors_of_many_sizes(compiler: None):
     """More sizes than the compiler's limit of recompilations."""
     for n in range(1, 14):
