@@ -294,8 +294,10 @@ def quantize(model: str, quantize: str, dtype: str, device: str, output_dir: str
 @cli.command()
 def models() -> None:
     """The names that minift knows, and where they are on this machine."""
+    from minift.model.families import FAMILIES
     from minift.sources.resolve import KNOWN, cached_folder
 
     for name, known in KNOWN.items():
         click.echo(f"{name}\n    {known.hub_id}: {known.note}\n    {cached_folder(name) or 'not on this machine yet'}")
-    click.echo("Any other Llama-family model: its Hugging Face Hub id (org/name), a folder, or a .gguf file.")
+    click.echo(f"Any other model of these families by its Hub id (org/name) or folder: {', '.join(FAMILIES)}")
+    click.echo("Llama-family .gguf files, too.")

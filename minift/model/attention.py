@@ -18,6 +18,9 @@ Which token may see which is decided once per forward pass, from *document numbe
                                     4           x x
                                     5               x      padding sees itself: a row without any key would be NaN
 
+Layers with a *sliding window* of w see the last w tokens only, themselves included (Mistral); over many layers the
+reach adds up.
+
 A micro-batch whose rows all begin alike (the same system message, say) can be laid out with that beginning once:
 
     prefix | rest of row 0 | rest of row 1 | ...       one flat sequence for everything but attention; see
@@ -40,16 +43,16 @@ from torch.autograd.function import once_differentiable
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v, mask -> out
 
 
-def document_mask(documents_bs: Tensor, documents_bt: Tensor) -> Tensor:
-    """Which query may see which key: same document, and not later in the row. bool [b, 1, s, t].
+def document_mask(documents_bs: Tensor, documents_bt: Tensor, window: int | None = None) -> Tensor:
+    """Which query may see which key: same document, not later in the row, not too far back. bool [b, 1, s, t].
 
     Args:
         documents_bs: document number of each query; the queries are the last s of the t tokens of their row.
         documents_bt: document number of each key.
+        window: how many tokens a query sees, itself included; None is no limit.
     """
     s, t = documents_bs.shape[1], documents_bt.shape[1]
-    slot = torch.arange(t, device=documents_bt.device)
-    causal_st = slot[t - s :, None] >= slot
+    causal_st = causal_mask(s, t, documents_bt.device, window)
     return (documents_bs[:, None, :, None] == documents_bt[:, None, None, :]) & causal_st
 
 
@@ -122,7 +125,13 @@ class SharedPrefix:
 
 
 def after_prefix(
-    attend: Attend, shared: SharedPrefix, slots_n: Tensor, q_bhse: Tensor, k_bgse: Tensor, v_bgse: Tensor
+    attend: Attend,
+    shared: SharedPrefix,
+    slots_n: Tensor,
+    window: int | None,
+    q_bhse: Tensor,
+    k_bgse: Tensor,
+    v_bgse: Tensor,
 ) -> Tensor:
     """Attention of a flat sequence [1, h, prefix + sum(rows), e]: every row sees the prefix and itself, causally.
 
@@ -130,7 +139,9 @@ def after_prefix(
     gradient is the sum over the rows. Rows are padded on the right for attention only.
     """
     length, count, longest = shared.length, len(shared.rows), max(shared.rows)
-    prefix_out = attend(q_bhse[:, :, :length], k_bgse[:, :, :length], v_bgse[:, :, :length], None)
+    beyond = window is not None and length > window
+    prefix_mask = causal_mask(length, length, q_bhse.device, window) if beyond else None
+    prefix_out = attend(q_bhse[:, :, :length], k_bgse[:, :, :length], v_bgse[:, :, :length], prefix_mask)
 
     def rows_of(x: Tensor) -> Tensor:  # [1, h, length + sum(rows), e] -> [count, h, longest, e]
         padded = x.new_zeros(x.shape[1], count * longest, x.shape[3]).index_copy(1, slots_n, x[0, :, length:])
@@ -139,15 +150,16 @@ def after_prefix(
     def with_prefix(x: Tensor) -> Tensor:  # [count, g, length + longest, e]
         return torch.cat([x[:, :, :length].expand(count, -1, -1, -1), rows_of(x)], dim=2)
 
-    mask_st = causal_mask(longest, length + longest, q_bhse.device)
+    mask_st = causal_mask(longest, length + longest, q_bhse.device, window)
     rows_out = attend(rows_of(q_bhse), with_prefix(k_bgse), with_prefix(v_bgse), mask_st)
     flat_out = rows_out.transpose(0, 1).flatten(1, 2).index_select(1, slots_n)
     return torch.cat([prefix_out, flat_out.unsqueeze(0)], dim=2)
 
 
-def causal_mask(s: int, t: int, device: torch.device) -> Tensor:
-    """True where key <= query, for the last s of t tokens. bool [s, t]."""
-    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
+def causal_mask(s: int, t: int, device: torch.device, window: int | None = None) -> Tensor:
+    """True where query - window < key <= query, for the last s of t tokens. bool [s, t]."""
+    mask_st = torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
+    return mask_st if window is None else mask_st.triu(t - s - window + 1)
 
 
 def repeat_heads(x_bgte: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minift.model.families import FAMILIES
+from minift.model.families import DEFAULTS, FAMILIES, Family
 from minift.quant.config import QuantConfig
 
 # Rotary types, and the numbers that each needs (see rope.py).
@@ -25,6 +25,8 @@ ROPE_TYPES = {
 class ModelConfig:
     """The numbers that fix a decoder's shape and arithmetic. Names as in config.json.
 
+    `windows` and `rotary` hold a value for each layer: how many tokens back it sees (itself included; None is all), and
+    whether it turns queries and keys by position. What the others of one or two words mean: families.py.
     `rope` holds `rope_type`, `rope_theta` and whatever the type needs (see rope.py). `quantization` is the format of a
     checkpoint that is quantized already. `raw` is the whole config.json, for writing it again (save.py).
     """
@@ -40,11 +42,15 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: dict[str, Any]
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    windows: tuple[int | None, ...] = ()
+    rotary: tuple[bool, ...] = ()
     quantization: QuantConfig | None = None
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -73,7 +79,8 @@ class ModelConfig:
             known = ", ".join(f"{name} ({family.source})" for name, family in FAMILIES.items())
             raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {known}")
         content, quantization = raw, raw.get("quantization_config")
-        raw = FAMILIES[model_type].defaults | {key: value for key, value in raw.items() if value is not None}
+        family = FAMILIES[model_type]
+        raw = DEFAULTS | family.defaults | {key: value for key, value in raw.items() if value is not None}
 
         def need(key: str) -> int:
             if not isinstance(raw.get(key), int) or raw[key] <= 0:
@@ -89,6 +96,9 @@ class ModelConfig:
         if raw["hidden_act"] not in ("silu", "swish"):
             raise ValueError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
         eos = raw.get("eos_token_id")
+        rotary = _rotary(raw, family, where)
+        window = content.get("sliding_window", raw.get("sliding_window"))  # null is a value: no window
+        windows = _windows(raw, family, window, rotary, where)
         return cls(
             model_type=model_type,
             vocab_size=need("vocab_size"),
@@ -101,14 +111,56 @@ class ModelConfig:
             max_position_embeddings=need("max_position_embeddings"),
             rms_norm_eps=float(raw["rms_norm_eps"]),
             rope=_rope(raw, where),
-            attention_bias=raw["attention_bias"],
+            qkv_bias=raw["attention_bias"] if family.qkv_bias is None else family.qkv_bias,
+            o_bias=raw["attention_bias"] if family.o_bias is None else family.o_bias,
             mlp_bias=raw["mlp_bias"],
+            qk_norm=family.qk_norm,
             tie_word_embeddings=raw["tie_word_embeddings"],
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             dtype=str(raw.get("dtype", raw.get("torch_dtype", "float32"))),
+            windows=windows,
+            rotary=rotary,
             quantization=QuantConfig.from_json(quantization, where) if quantization else None,
             raw=content,
         )
+
+
+def _rotary(raw: dict[str, Any], family: Family, where: str) -> tuple[bool, ...]:
+    """Which layers turn queries and keys."""
+    layers = raw["num_hidden_layers"]
+    if not family.nope:
+        return (True,) * layers
+    listed = raw.get("no_rope_layers")
+    if listed is None:
+        interval = raw["no_rope_layer_interval"]
+        listed = [(layer + 1) % interval != 0 for layer in range(layers)]
+    if len(listed) != layers:
+        raise ValueError(f"{where}: no_rope_layers lists {len(listed)} layers, the model has {layers}")
+    return tuple(map(bool, listed))
+
+
+def _windows(
+    raw: dict[str, Any], family: Family, window: Any, rotary: tuple[bool, ...], where: str
+) -> tuple[int | None, ...]:
+    """How many tokens each layer sees."""
+    layers = raw["num_hidden_layers"]
+    off = not family.windowed or window is None or (family.windowed == "lists" and not raw["use_sliding_window"])
+    if off:
+        return (None,) * layers
+    if not isinstance(window, int) or window <= 0:
+        raise ValueError(f"{where}: sliding_window must be a positive integer or null, got {window!r}")
+    if family.windowed == "all":
+        return (window,) * layers
+    listed = raw.get("layer_types")
+    if listed is None:
+        upper = [layer >= raw.get("max_window_layers", layers) for layer in range(layers)]
+        chosen = [not turns for turns in rotary] if family.nope else upper
+        listed = ["sliding_attention" if has_window else "full_attention" for has_window in chosen]
+    unknown = set(listed) - {"sliding_attention", "full_attention"}
+    if len(listed) != layers or unknown:
+        found = f"unknown {min(unknown)!r}" if unknown else f"{len(listed)} layers, the model has {layers}"
+        raise ValueError(f"{where}: layer_types lists {found}")
+    return tuple(window if kind == "sliding_attention" else None for kind in listed)
 
 
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:

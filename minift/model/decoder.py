@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.model.attention import ATTENTION, SharedPrefix, after_prefix, document_mask
+from minift.model.attention import ATTENTION, SharedPrefix, after_prefix, causal_mask, document_mask
 from minift.model.cache import KVCache
 from minift.model.config import ModelConfig
-from minift.model.layers import Block, RMSNorm
+from minift.model.layers import QKV, Block, RMSNorm
 from minift.model.rope import cos_sin, rope_frequencies
 
 
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -102,11 +102,18 @@ class CausalLM(nn.Module):
         if documents_bs is None and cache is not None:
             documents_bs = input_ids_bs.new_zeros(b, s)
         documents_bt = documents_bs if cache is None or documents_bs is None else cache.add_documents(documents_bs)
-        if shared_prefix is not None:
-            attend = partial(after_prefix, self.attention, shared_prefix, shared_prefix.slots(input_ids_bs.device))
-        else:
-            mask = None if documents_bs is None or documents_bt is None else document_mask(documents_bs, documents_bt)
-            attend = partial(self.attention, mask=mask)
+
+        def attention(window: int | None) -> QKV:
+            """Attention with everything but q, k and v decided, for the layers with this window."""
+            if shared_prefix is not None:
+                slots = shared_prefix.slots(input_ids_bs.device)
+                return partial(after_prefix, self.attention, shared_prefix, slots, window)
+            if documents_bs is not None and documents_bt is not None:
+                return partial(self.attention, mask=document_mask(documents_bs, documents_bt, window))
+            beyond = window is not None and s > window
+            return partial(self.attention, mask=causal_mask(s, s, input_ids_bs.device, window) if beyond else None)
+
+        attend = {window: attention(window) for window in set(self.config.windows)}
         if positions_bs is None:
             past = 0 if documents_bt is None else documents_bt.shape[1] - s
             positions_bs = torch.arange(past, past + s, device=input_ids_bs.device).unsqueeze(0)
@@ -116,10 +123,11 @@ class CausalLM(nn.Module):
         frequency = rope_frequencies(self.config.rope, self.config.head_dim, x_bsd.device)
         rotation = cos_sin(positions_bs, frequency, x_bsd.dtype)
         for index, block in enumerate(model.layers):
+            within = attend[self.config.windows[index]]
             if gradient_checkpointing:
-                x_bsd = checkpoint(block, x_bsd, rotation, attend, use_reentrant=False)
+                x_bsd = checkpoint(block, x_bsd, rotation, within, use_reentrant=False)
             else:
-                x_bsd = block(x_bsd, rotation, attend, cache.layers[index] if cache is not None else None)
+                x_bsd = block(x_bsd, rotation, within, cache.layers[index] if cache is not None else None)
         return model.norm(x_bsd)
 
     def forward(

@@ -94,20 +94,29 @@ class GateAndMultiply(torch.autograd.Function):
 
 
 class SelfAttention(nn.Module):
-    """Project to queries, keys and values, turn by position, attend, project back."""
+    """Project to queries, keys and values, turn by position, attend, project back.
 
-    def __init__(self, config: ModelConfig):
+    With `qk_norm` (Qwen3) each head's queries and keys are normalized first, so that no score can explode; a layer that
+    is not `rotary` (SmolLM3's NoPE) does not turn them.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.head_dim = head
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias)
+        width, head = config.hidden_size, config.head_dim
+        self.head_dim, self.rotary = head, config.rotary[layer]
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=config.o_bias)
+        self.q_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_bsd: Tensor, rotation: tuple[Tensor, Tensor], attend: QKV, cache: LayerCache | None) -> Tensor:
         q_bhse, k_bgse, v_bgse = (self._heads(project(x_bsd)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q_bhse, k_bgse = apply_rope(q_bhse, *rotation), apply_rope(k_bgse, *rotation)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_bhse, k_bgse = self.q_norm(q_bhse), self.k_norm(k_bgse)
+        if self.rotary:
+            q_bhse, k_bgse = apply_rope(q_bhse, *rotation), apply_rope(k_bgse, *rotation)
         k_bgte, v_bgte = cache.append(k_bgse, v_bgse) if cache is not None else (k_bgse, v_bgse)
         out_bhse = attend(q_bhse, k_bgte, v_bgte)
         return self.o_proj(out_bhse.transpose(1, 2).flatten(2))
@@ -119,10 +128,10 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then + mlp(norm(x)): normalization before each part, so gradients have a straight way."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 

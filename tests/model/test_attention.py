@@ -255,7 +255,7 @@ def test_after_prefix_equals_the_rows_separately(prefix: int, rows: tuple[int, .
     n = prefix + sum(rows)
     qkv = random_qkv(4, groups, n, n, torch.float64, batch=1)
     shared = SharedPrefix(prefix, rows)
-    ours = after_prefix(sdpa, shared, shared.slots(torch.device("cpu")), *qkv)
+    ours = after_prefix(sdpa, shared, shared.slots(torch.device("cpu")), None, *qkv)
     theirs = rows_separately(sdpa, prefix, rows, *qkv)
     assert ours.shape == theirs.shape == (1, 4, n, 8)
     assert (ours - theirs).abs().max() <= 1e-12
@@ -272,7 +272,7 @@ def test_after_prefix_written_out(prefix: int, rows: tuple[int, ...]):
     n = prefix + sum(rows)
     qkv = random_qkv(4, 2, n, n, batch=1)
     shared = SharedPrefix(prefix, rows)
-    ours = after_prefix(eager, shared, shared.slots(torch.device("cpu")), *qkv)
+    ours = after_prefix(eager, shared, shared.slots(torch.device("cpu")), None, *qkv)
     theirs = rows_separately(eager, prefix, rows, *qkv)
     assert (ours - theirs).abs().max() <= FP32
 

@@ -1,6 +1,6 @@
-"""Our decoder against transformers' LlamaForCausalLM, same kernel against same kernel, on the CPU.
+"""Our decoder against transformers, every family, same kernel against same kernel, on the CPU.
 
-Tiny random checkpoints for every shape and setting that a Llama config can ask for: logits, and the gradient of every
+Tiny random checkpoints for every shape and setting that a config can ask for: logits, and the gradient of every
 parameter; padded, packed and quantized. The real SmolLM2-135M-Instruct: logits in fp32 and bf16, and the tokens that
 greedy decoding picks.
 
@@ -17,6 +17,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peers
 import pytest
@@ -28,6 +29,7 @@ import minift
 from minift.model.attention import SharedPrefix
 from minift.model.decoder import CausalLM
 from minift.model.generate import generate_tokens
+from minift.model.layers import SelfAttention
 from minift.quant import Linear4bit
 
 transformers = pytest.importorskip("transformers")
@@ -78,13 +80,33 @@ CASES = {
     "rope linear": {"rope_parameters": {"rope_theta": 10000.0} | LINEAR},
     "rope llama3": {"rope_parameters": {"rope_theta": 10000.0} | LLAMA3},
 }
+# Other families; windows are shorter than the inputs of the tests.
+FAMILY_CASES = {
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "mistral without a window": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, window in the upper layer": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "qwen3, listed layers, biases": {
+        "model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "smollm3, listed layers": {"model_type": "smollm3", "no_rope_layers": [0, 1], "tie_word_embeddings": False},
+    "smollm3, window where it does not turn": {
+        "model_type": "smollm3", "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4,
+    },
+}  # fmt: skip
 ATTENTION = ["eager", "sdpa"]
 
 
 def checkpoint(folder: Path, **changes: object) -> Path:
-    """A random LlamaForCausalLM in which no parameter has a value that would hide a mistake (norms 1, biases 0)."""
-    config = transformers.LlamaConfig(**(BASE | changes))
-    model = transformers.LlamaForCausalLM(config)
+    """A random model in which no parameter has a value that would hide a mistake (norms 1, biases 0)."""
+    settings = {"pad_token_id": None} | BASE | changes
+    config = transformers.AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(1 + 0.1 * torch.randn(value.shape) if "norm" in name else 0.1 * torch.randn(value.shape))
@@ -142,10 +164,22 @@ def random_ids(config: object, *shape: int) -> Tensor:
 # --- shapes and settings ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each family that differs where positions and neighbours matter."""
+    names = ("mistral", "qwen2, window in the upper layer", "qwen3", "smollm3, window where it does not turn")
+    cases = {"llama": {}} | {name: FAMILY_CASES[name] for name in names}
+    torch.manual_seed(0)
+    return {name.split(",")[0]: checkpoint(tmp_path_factory.mktemp("family"), **c) for name, c in cases.items()}
+
+
+FAMILY_NAMES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | FAMILY_CASES)
 def test_logits_and_gradients_equal_transformers(tmp_path: Path, case: str, attention: str):
-    folder = checkpoint(tmp_path, **CASES[case])
+    folder = checkpoint(tmp_path, **(CASES | FAMILY_CASES)[case])
     ours, theirs = minift.load_model(folder, attention=attention), load_theirs(folder, attention)
     ids = random_ids(ours.config, 3, 53)
     assert_close(lambda model: model(ids).logits, ours(ids).detach(), theirs)
@@ -196,9 +230,40 @@ def test_scaled_positions_matter(tmp_path: Path, case: str):
     assert (ours(ids) - scaled).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_what_makes_a_family_matters(tmp_path: Path, case: str):
+    """Without it (no window, every layer rotary, norms of 1 on q and k) the logits are others."""
+    ours = minift.load_model(checkpoint(tmp_path, **FAMILY_CASES[case]))
+    plain = ours.config.windows == (None,) * len(ours.config.windows) and all(ours.config.rotary)
+    if plain and not ours.config.qk_norm:
+        assert case in ("mistral without a window", "qwen2")
+        return
+    ids = random_ids(ours.config, 2, 30)
+    before = ours(ids)
+    object.__setattr__(ours.config, "windows", (None,) * len(ours.config.windows))
+    for module in ours.modules():
+        if isinstance(module, SelfAttention):
+            module.rotary, module.q_norm, module.k_norm = True, None, None
+    assert (ours(ids) - before).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_gradient_checkpointing_changes_no_bit(tiny: Path, attention: str):
-    ours = minift.load_model(tiny, attention=attention)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_greedy_text_of_every_family(folders: dict[str, Path], family: str, attention: str):
+    """Past the window, with the key/value cache, rows of unequal length: as transformers decodes each row alone."""
+    ours, theirs = minift.load_model(folders[family], attention=attention), load_theirs(folders[family], attention)
+    generate: Any = theirs.generate
+    prompts = [random_ids(ours.config, length).tolist() for length in (13, 3)]
+    columns = torch.stack(list(generate_tokens(ours, prompts, 12, stop_ids=())), dim=1)
+    for prompt, row in zip(prompts, columns.tolist(), strict=True):
+        expected = generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert row == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradient_checkpointing_changes_no_bit(folders: dict[str, Path], family: str, attention: str):
+    ours = minift.load_model(folders[family], attention=attention)
     ids = random_ids(ours.config, 2, 30)
     kept = gradients(ours, ours.lm_head(ours.hidden(ids)).square().mean())
     recomputed = gradients(ours, ours.lm_head(ours.hidden(ids, gradient_checkpointing=True)).square().mean())
@@ -218,10 +283,11 @@ def padded(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("lengths", [[20, 7, 1], [20, 20], [1, 2]])
-def test_padding(tiny: Path, side: str, lengths: list[int], attention: str):
-    ours, theirs = minift.load_model(tiny, attention=attention), load_theirs(tiny, attention)
+def test_padding(folders: dict[str, Path], family: str, side: str, lengths: list[int], attention: str):
+    ours, theirs = minift.load_model(folders[family], attention=attention), load_theirs(folders[family], attention)
     is_real, positions = padded(lengths, side)
     ids = random_ids(ours.config, *is_real.shape)
 
@@ -240,10 +306,11 @@ def test_padding(tiny: Path, side: str, lengths: list[int], attention: str):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("lengths", [[[9, 1, 14]], [[24]], [[8, 8, 8], [1, 22, 1]]])
-def test_packed_rows(tiny: Path, lengths: list[list[int]], attention: str):
+def test_packed_rows(folders: dict[str, Path], family: str, lengths: list[list[int]], attention: str):
     """transformers finds the documents where position_ids restart, if it is given no attention mask."""
-    ours, theirs = minift.load_model(tiny, attention=attention), load_theirs(tiny, attention)
+    ours, theirs = minift.load_model(folders[family], attention=attention), load_theirs(folders[family], attention)
     positions = torch.tensor([[p for length in row for p in range(length)] for row in lengths])
     documents = torch.tensor([[number for number, length in enumerate(row) for _ in range(length)] for row in lengths])
     ids = random_ids(ours.config, *positions.shape)
@@ -260,10 +327,11 @@ def test_packed_rows(tiny: Path, lengths: list[list[int]], attention: str):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize(("prefix", "lengths"), [(12, [9, 1, 4]), (1, [5, 5]), (10, [3])])
-def test_shared_prefix(tiny: Path, prefix: int, lengths: list[int], attention: str):
+def test_shared_prefix(folders: dict[str, Path], family: str, prefix: int, lengths: list[int], attention: str):
     """One flat sequence `prefix | row | row ...` against transformers on whole rows, padded right."""
-    ours, theirs = minift.load_model(tiny, attention=attention), load_theirs(tiny, attention)
+    ours, theirs = minift.load_model(folders[family], attention=attention), load_theirs(folders[family], attention)
     is_real, positions = padded([prefix + length for length in lengths], "right")
     ids = random_ids(ours.config, *is_real.shape)
     ids[:, :prefix] = ids[0, :prefix].clone()

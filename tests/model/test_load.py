@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minift
+from minift.model.config import ModelConfig
 from minift.model.load import build_model, checkpoint_files
 from minift.quant import Linear4bit, quantize_model
 from minift.study.memory import module_table
@@ -281,12 +282,60 @@ def test_a_broken_index_is_named(shards: Path, content: str):
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen3", "LLAMA", "", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "LLAMA", "", None])
 def test_an_unsupported_architecture_is_told_the_supported_ones(copy: Path, model_type: str | None):
     edit_config(copy, model_type=model_type)
     message = refusal(copy)
     assert str(copy / "config.json") in message
     assert repr(model_type) in message and "supported: llama" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive integer or null, got 0"),
+        ({"model_type": "mistral", "sliding_window": "wide"}, "got 'wide'"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types lists 1 layers, the model has 2",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 2},
+            "unknown 'chunked_attention'",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1, 0]}, "no_rope_layers lists 3 layers, the model has 2"),
+    ],
+)
+def test_odd_windows_and_layers_are_named(copy: Path, changes: dict, words: str):
+    edit_config(copy, **changes)
+    message = refusal(copy)
+    assert str(copy / "config.json") in message and words in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows", "rotary"),
+    [
+        ({"model_type": "mistral"}, (4096, 4096), (True, True)),
+        ({"model_type": "mistral", "sliding_window": None}, (None, None), (True, True)),
+        ({"model_type": "qwen2", "sliding_window": 8}, (None, None), (True, True)),
+        ({"model_type": "qwen2", "use_sliding_window": True}, (None, None), (True, True)),  # from layer 28 on
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, (None, 4096), (True, True)),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, (None, None), (True, False)),
+        ({"model_type": "llama", "sliding_window": 4}, (None, None), (True, True)),
+    ],
+)
+def test_missing_and_null_settings_mean_what_transformers_means(
+    copy: Path, changes: dict, windows: tuple, rotary: tuple
+):
+    """A missing sliding_window is the family's default, null is none."""
+    edit_config(copy, **changes)
+    config = ModelConfig.from_folder(copy)
+    assert (config.windows, config.rotary) == (windows, rotary)
+    theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(copy)
+    if changes["model_type"] != "llama":
+        listed = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 2
+        expected = tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in listed)
+        assert config.windows == expected
 
 
 @pytest.mark.parametrize(

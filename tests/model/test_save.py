@@ -175,13 +175,22 @@ def test_an_odd_model_survives(tiny_odd: Path, tmp_path: Path, quantize: str | N
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_biases_go_both_ways(tmp_path: Path, quantize: str):
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("mistral", {}),
+    ],
+)
+def test_biases_and_head_norms_go_both_ways(tmp_path: Path, family: str, settings: dict[str, Any], quantize: str):
     """They are not quantized, and not lost."""
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        attention_bias=True, mlp_bias=True,
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, **settings,
     )  # fmt: skip
-    plain = transformers.LlamaForCausalLM(config)
+    plain: Any = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * (1.0 if name.endswith("bias") else 0.4))
