@@ -59,6 +59,7 @@ class QuantizedLinear(nn.Module):
         self.compute_dtype = self.config.compute_dtype or dtype
         parameter = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
         self.bias = parameter if bias else None
+        self._register(device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> Self:
@@ -72,6 +73,10 @@ class QuantizedLinear(nn.Module):
 
     @staticmethod
     def default_config() -> QuantConfig:
+        raise NotImplementedError
+
+    def _register(self, device: torch.device | str | None) -> None:
+        """Make the empty buffers of the format, or refuse a format of the other kind."""
         raise NotImplementedError
 
     def quantize_weight(self, weight_oi: Tensor) -> None:
@@ -125,20 +130,11 @@ class Linear4bit(QuantizedLinear):
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        config: QuantConfig | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ):
-        super().__init__(in_features, out_features, bias, config, dtype, device)
+    def _register(self, device: torch.device | str | None) -> None:
         config = self.config
         if config.quant_type == INT8:
             raise ValueError("Linear4bit cannot hold int8; use Linear8bit")
-        n = in_features * out_features
+        n = self.in_features * self.out_features
         blocks, nested = -(-n // config.blocksize), config.double_quant
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -205,20 +201,12 @@ class Linear8bit(QuantizedLinear):
 
     absmax: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        config: QuantConfig | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ):
-        super().__init__(in_features, out_features, bias, config, dtype, device)
+    def _register(self, device: torch.device | str | None) -> None:
         if self.config.quant_type != INT8:
             raise ValueError(f"Linear8bit cannot hold {self.config.quant_type}; use Linear4bit")
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("absmax", torch.empty(out_features, dtype=torch.float32, device=device))
+        shape = (self.out_features, self.in_features)
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.int8, device=device))
+        self.register_buffer("absmax", torch.empty(self.out_features, dtype=torch.float32, device=device))
 
     @staticmethod
     def default_config() -> QuantConfig:
