@@ -27,7 +27,7 @@ from minift.heap import give_memory_back
 from minift.sources.gguf import convert_gguf
 
 # Everything a checkpoint needs, and never a pickle.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
 
 
 @dataclass(frozen=True)
