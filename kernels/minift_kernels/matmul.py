@@ -96,7 +96,7 @@ def _decode_elements(
 
 
 @triton.jit
-def _round_like(value, x_ptr, INTERPRETED: tl.constexpr):
+def round_like(value, x_ptr, INTERPRETED: tl.constexpr):
     """fp32 values rounded to the type of x; interpreted, they stay fp32, since its bf16 arithmetic is wrong."""
     if INTERPRETED:
         if x_ptr.dtype.element_ty == tl.bfloat16:
@@ -146,7 +146,7 @@ def _matmul_4bit_kernel(
                 packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr,
                 feature, first, in_features, out_features, NESTED, BLOCKSIZE, CHUNK,
             )  # fmt: skip
-        weight = _round_like(weight, x_ptr, INTERPRETED)
+        weight = round_like(weight, x_ptr, INTERPRETED)
         column = first + tl.arange(0, CHUNK)
         if T == 1:
             x = tl.load(x_ptr + column, mask=column < in_features, other=0.0).to(tl.float32)

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minift.quant.blockwise import TINY
-from minift_kernels import blockwise, fourbit, matmul, rounding
+from minift_kernels import blockwise, flash, fourbit, matmul, rounding
 
 # Arguments that are pointers to 32-bit floats, bytes, and sizes; x, bias and out differ from case to case.
 BYTES = {"packed_ptr", "codes_ptr", "order_ptr"}
@@ -51,6 +51,24 @@ def matmul_case(rows: int, aligned: bool, dtype: str) -> tuple:
 def rounding_case(dtype: torch.dtype) -> tuple:
     constants = rounding.TARGETS[dtype] | {"COUNTERS": rounding.COUNTERS}
     return rounding._stochastic_round_kernel, {"x_ptr": "*i32", "out_ptr": "*i16", "seed": "i64"}, constants, {}
+
+
+def flash_cases(dtype: torch.dtype, width: int, cap: bool = False) -> dict[str, tuple]:
+    """The three kernels of attention, for packed rows: they have more to keep in registers than plain causal ones."""
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    fixed = {"first_ptr": "*i64", "last_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    fixed |= dict.fromkeys(["scale", "cap", "grad_scale"], "fp32")
+    cases = {}
+    for name, kernel, table in (
+        ("forward", flash._flash_forward_kernel, flash.FORWARD),
+        ("dq", flash._flash_dq_kernel, flash.DQ),
+        ("dk and dv", flash._flash_dkv_kernel, flash.DKV),
+    ):
+        types = {argument: f"*{kind}" for argument in kernel.arg_names if argument.endswith("_ptr")} | fixed
+        tile, options = flash.tile_of(table, torch.empty(1, width, dtype=dtype))
+        constants = tile | {"HAS_FIRST": True, "SOFTCAP": cap, "INTERPRETED": False, "ROUND_BY_BITS": False}
+        cases[f"flash {name}, {kind}, {width}{', cap' if cap else ''}"] = (kernel, types, constants, options)
+    return cases
 
 
 # Name -> kernel, types of the arguments that are not fp32 pointers, constants, options: as the launchers pass them.
@@ -80,6 +98,10 @@ CASES = {
         f"matmul, {rows} rows, {dtype[1:]}{', whole blocks' if aligned else ''}": matmul_case(rows, aligned, dtype)
         for rows in matmul.TILES for aligned in (True, False) for dtype in ("*bf16", "*fp16", "*fp32")
     },
+    **flash_cases(torch.bfloat16, 64),
+    **flash_cases(torch.float16, 128),
+    **flash_cases(torch.bfloat16, 128, cap=True),
+    **flash_cases(torch.float32, 64),
 }  # fmt: skip
 CAPABILITIES = [80, 90]  # A100; H100 and H200
 
@@ -92,7 +114,8 @@ def compile_case(name: str, capability: int):
     for position, argument in enumerate(kernel.arg_names):
         default = "*u8" if argument in BYTES else "*fp32" if argument.endswith("_ptr") else "i32"
         signature[argument] = "constexpr" if argument in constants else types.get(argument, default)
-        if argument.endswith("_ptr") or argument in ("n", "n_bytes", "in_features", "out_features"):
+        size = argument in ("n", "n_bytes", "in_features", "out_features")
+        if size or argument.endswith("_ptr") or argument.startswith("stride_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -129,7 +152,7 @@ def test_compiles_without_spilling(name: str, capability: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("round")])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("round", "flash"))])
 def test_arithmetic_is_exact(name: str, capability: int):
     """Divisions are rounded correctly, denormals are not flushed, products and sums are fused only where asked for."""
     ptx = compile_case(name, capability).asm["ptx"]
@@ -156,6 +179,23 @@ def test_several_rows_use_tensor_cores(dtype: str, capability: int):
     kind = {"bf16": "bf16", "fp16": "f16"}[dtype]
     assert re.search(rf"mma\.sync\.[\w.]+\.f32\.{kind}\.{kind}\.f32", ptx)
     assert "cp.async" not in ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("flash")])
+def test_attention_multiplies_as_intended(name: str, capability: int):
+    """16 bits on tensor cores, summed in fp32 (`wgmma` is Hopper's instruction); fp32 as fp32, not as TF32.
+
+    And within 99 KB of shared memory, what consumer GPUs have.
+    """
+    compiled = compile_case(name, capability)
+    found = set(re.findall(r"\b(?:wg)?mma(?:_async)?\.(?:mma_async\.)?sync\.[\w.]+", compiled.asm["ptx"]))
+    if "fp32" in name:
+        assert not found and "fma.rn.f32" in compiled.asm["ptx"]
+    else:
+        kind = "bf16" if "bf16" in name else "f16"
+        assert found and all(f".f32.{kind}.{kind}" in instruction for instruction in found)
+    assert compiled.metadata.shared <= 99 * 1024
 
 
 def test_least_divisor_is_that_of_the_pytorch_body():

@@ -15,6 +15,7 @@ import pytest
 # File -> how many tests it holds at least, so that it cannot turn empty unnoticed.
 FILES = {
     "test_blockwise_kernel.py": 110,
+    "test_flash_kernel.py": 90,
     "test_fourbit_kernel.py": 250,
     "test_matmul_kernel.py": 250,
     "test_rounding_kernel.py": 120,
