@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +202,13 @@ def train(model: str, data: str, **options: Any) -> int:
 @click.option("--adapter", help="Folder of a trained adapter.")
 @click.option("--system", help="System message, instead of the one in the model's template.")
 @click.option("--max-new-tokens", default=256, help="Longest answer.")
-@click.option("--temperature", default=0.0, help="0 takes the likeliest token; higher is more varied.")
-@click.option("--top-p", default=1.0, help="Draw from the likeliest tokens that together reach this probability.")
+@click.option("--temperature", type=float, help="0 takes the likeliest token; higher is more varied.")
+@click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens; 0 from all.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens that together reach this probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1, what has been said becomes less likely.")
 @click.option("--seed", default=0, help="Seed of the drawing.")
+@click.option("--generation-config/--no-generation-config", default=True,
+              help="Take what is not given here from the model's generation_config.json.")  # fmt: skip
 @click.option("--memory/--no-memory", default=True, help="Let the model see the earlier turns of the conversation.")
 def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: int, memory: bool, **options: Any) -> int:
     """Talk to a model, with or without an adapter. Ends with an empty line or Ctrl-D.
@@ -215,10 +219,13 @@ def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: in
     from minift.model.generate import Sampling, stream
     from minift.quant import Linear4bit, dequantize_model
 
-    machine = _machine(options)
-    sampling = Sampling(**options)
+    machine, from_file = _machine(options), options.pop("generation_config")
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = Sampling(**given)  # before the model is loaded, so that a wrong value is said at once
     tokenizer = minift.load_tokenizer(model)
     loaded = minift.load_model(model, *machine)
+    if from_file:
+        sampling = replace(Sampling.of(loaded.config), **given)
     if adapter:
         minift.load_adapter(loaded, adapter)
     dequantize_model(loaded, Linear4bit)

@@ -28,6 +28,7 @@ from minift.data.formats import Row, read_dataset
 from minift.data.tokenizer import load_tokenizer
 from minift.model.generate import generate_batch
 from minift.model.load import load_model
+from minift.model.sampling import GREEDY
 from minift.study.memory import name_of, peak_memory
 from minift.study.plots import loss_curve
 from minift.train.config import TrainConfig
@@ -105,7 +106,7 @@ def run_demo(
 
 
 def _answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
-    return generate_batch(model, tokenizer, [row["messages"][:1] for row in rows], max_new_tokens=24)
+    return generate_batch(model, tokenizer, [row["messages"][:1] for row in rows], max_new_tokens=24, sampling=GREEDY)
 
 
 def _share(answers: Sequence[str], rows: Sequence[Row]) -> float:

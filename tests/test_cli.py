@@ -292,9 +292,48 @@ def test_chat_options(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     status, stdout, _ = run("chat", "--model", tiny, *QUICK[:4], "--quantize", "none", *options)
     assert status == 0
     model, tokenizer = minift.load_model(tiny), minift.load_tokenizer(tiny)
-    system, sampling = {"role": "system", "content": "Be brief."}, Sampling(0.8, 0.9, 4)
+    system, sampling = {"role": "system", "content": "Be brief."}, Sampling(0.8, 0.9, 4, top_k=50)  # 50: no file says
     expected = [generate(model, tokenizer, [system, user(text)], 8, sampling) for text in ("Hello", "Again")]
     assert stdout == "".join(f"{answer}\n" for answer in expected)
+
+
+FILE = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling"),
+    [
+        ([], Sampling(0.7, 0.8, 0, 20, 1.1)),
+        (["--temperature", 0], Sampling(0.0, 0.8, 0, 20, 1.1)),
+        (["--temperature", 1.2], Sampling(1.2, 0.8, 0, 20, 1.1)),
+        (["--top-k", 0, "--seed", 3], Sampling(0.7, 0.8, 3, 0, 1.1)),
+        (["--top-p", 1, "--repetition-penalty", 1.5], Sampling(0.7, 1.0, 0, 20, 1.5)),
+        (["--no-generation-config"], Sampling()),
+        (["--no-generation-config", "--temperature", 1, "--top-k", 3], Sampling(1.0, top_k=3)),
+    ],
+    ids=str,
+)
+def test_chat_follows_the_generation_config_but_for_given_options(
+    run: Run, spoiled: Path, monkeypatch: pytest.MonkeyPatch, options: list, sampling: Sampling
+):
+    (spoiled / "generation_config.json").write_text(json.dumps(FILE))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    status, stdout, _ = run(
+        "chat", "--model", spoiled, *QUICK[:4], "--quantize", "none", "--max-new-tokens", 20, *options
+    )
+    expected = generate(minift.load_model(spoiled), minift.load_tokenizer(spoiled), [user("Hello")], 20, sampling)
+    assert (status, stdout) == (0, f"{expected}\n")
+
+
+def test_chat_names_a_generation_setting_that_is_not_supported_and_the_way_around(
+    run: Run, spoiled: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (spoiled / "generation_config.json").write_text(json.dumps({"num_beams": 4}))
+    command = ["chat", "--model", spoiled, *QUICK[:4], "--quantize", "none", "--max-new-tokens", 4]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    message = the_error(run(*command, "--temperature", 1))
+    assert "num_beams to 4" in message and "--no-generation-config" in message
+    assert run(*command, "--no-generation-config")[0] == 0
 
 
 # --- inspect, models --------------------------------------------------------------------------------------------------
@@ -515,6 +554,9 @@ def test_a_wrong_option_is_clicks_usage_error(run: Run, arguments: list[str], wo
         (["--temperature", -1], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top-p", 0], "top_p"),
+        (["--top-k", -1], "top_k"),
+        (["--repetition-penalty", 0], "repetition_penalty"),
+        (["--seed", -1], "seed"),
         (["--max-new-tokens", 5000], "context of 2048"),
     ],
     ids=str,

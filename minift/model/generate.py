@@ -6,12 +6,13 @@ row. Prompts of different lengths are padded on the left, so that all rows end, 
     . . a b c | x        positions of padding do not matter: its document number -1 hides it from every other token
     d e f g h | y
 
-Greedy decoding takes the most likely token. Sampling draws from the distribution after dividing the logits by the
-temperature and keeping the most likely tokens that together reach `top_p` (nucleus sampling, arXiv 1904.09751).
+How the next token is chosen from the logits: sampling.py.
+
+Phi-3's longrope turns all keys at another speed as soon as the text is longer than the model was first trained on (see
+rope.py). Those in the cache are then wrong, so at that token everything is read once more.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from minift.model.cache import KVCache
 from minift.model.decoder import CausalLM
+from minift.model.sampling import GREEDY, Chooser, Sampling
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character are decoded to
 
 
 class ChatTokenizer(Protocol):
@@ -29,24 +33,6 @@ class ChatTokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str: ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw the next token. Temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must not be negative, infinite or NaN, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-
-
-GREEDY = Sampling()
 
 
 @torch.no_grad()
@@ -64,45 +50,50 @@ def generate_tokens(
     Raises:
         ValueError: an empty prompt, or prompt and new tokens exceed the model's context.
     """
-    longest = max(map(len, prompts))
-    context = model.config.max_position_embeddings
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if min(map(len, prompts)) == 0:
         raise ValueError("cannot generate from an empty prompt")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if longest + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {context}"
         )
-    device = model.device
-    pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device).unsqueeze(1)
-    input_ids_bs = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    slots = torch.arange(longest, device=device)
-    documents_bs = torch.where(slots < pads, -1, 0)
-    positions_bs = (slots - pads).clamp(min=0)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, model.dtype, device)
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    stops = torch.tensor(list(stop_ids), device=device)
+    device, rope = model.device, model.config.rope
+    restart = rope["original_max_position_embeddings"] + 1 - longest if rope["rope_type"] == "longrope" else 0
+    choose = Chooser(sampling, prompts, device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    token = input_ids_bs[:, -1]
-    for _ in range(max_new_tokens):
-        hidden_bsd = model.hidden(input_ids_bs, positions_bs, documents_bs, cache)
-        chosen = _choose(model.lm_head(hidden_bsd[:, -1]), sampling, generator)
-        token = torch.where(stopped, token, chosen)
+    tokens: list[Tensor] = []
+    for step in range(max_new_tokens):
+        if step == 0 or step == restart:
+            cache = KVCache(model.config, len(prompts), longest + max_new_tokens, model.dtype, device)
+            input_ids_bs, positions_bs, documents_bs = _padded_left(prompts, tokens, device)
+        else:
+            input_ids_bs, positions_bs = tokens[-1].unsqueeze(1), positions_bs[:, -1:] + 1
+            documents_bs = None if documents_bs is None else torch.zeros_like(input_ids_bs)
+        chosen = choose(model.logits(model.hidden(input_ids_bs, positions_bs, documents_bs, cache)[:, -1]))
+        token = torch.where(stopped, tokens[-1], chosen) if tokens else chosen
+        tokens.append(token)
+        stopped = stopped | (token.unsqueeze(1) == stops).any(dim=1)
+        # Computed before the token goes out: whoever reads that waits for the GPU, and need not wait again for this.
+        finished = stopped.all()
         yield token
-        stopped |= torch.isin(token, stops)
-        if stopped.all():
+        if len(stops) and finished:
             return
-        input_ids_bs, positions_bs = token.unsqueeze(1), positions_bs[:, -1:] + 1
-        documents_bs = torch.zeros_like(input_ids_bs)
 
 
-def _choose(logits_bv: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    if sampling.temperature == 0:
-        return logits_bv.argmax(dim=-1)
-    probability, order = (logits_bv.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
-    # The first token always stays: it is kept if those before it have not reached top_p, and none are before it.
-    probability[probability.cumsum(-1) - probability >= sampling.top_p] = 0.0
-    drawn = torch.multinomial(probability, 1, generator=generator)
-    return order.gather(1, drawn).squeeze(1)
+def _padded_left(
+    prompts: Sequence[Sequence[int]], tokens: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, positions and documents of prompts and the tokens after them, each [b, s]; documents only with padding."""
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    prompt_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    input_ids_bs = torch.cat([prompt_ids, *(token.unsqueeze(1) for token in tokens)], dim=1)
+    pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device).unsqueeze(1)
+    slots = torch.arange(input_ids_bs.shape[1], device=device)
+    documents_bs = torch.where(slots < pads, -1, 0) if shortest < longest else None
+    return input_ids_bs, (slots - pads).clamp(min=0), documents_bs
 
 
 def generate_batch(
@@ -110,9 +101,21 @@ def generate_batch(
     tokenizer: ChatTokenizer,
     conversations: Sequence[Sequence[dict[str, Any]]],
     max_new_tokens: int = 64,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """The assistant's answer to each conversation, generated side by side."""
+    """The assistant's answer to each conversation, generated side by side.
+
+    Args:
+        model, tokenizer: of the same checkpoint.
+        conversations: messages, each with "role" and "content".
+        max_new_tokens: the longest answer.
+        sampling: how to choose tokens; None is as the checkpoint's generation_config.json says.
+
+    Raises:
+        ValueError: a prompt that leaves no room for the answer, or settings in generation_config.json that are not
+            supported.
+    """
+    sampling = sampling or Sampling.of(model.config)
     prompts = [_prompt(tokenizer, messages) for messages in conversations]
     stops = _stops(model, tokenizer)
     tokens = list(generate_tokens(model, prompts, max_new_tokens, stops, sampling))
@@ -130,9 +133,9 @@ def generate(
     tokenizer: ChatTokenizer,
     messages: Sequence[dict[str, Any]],
     max_new_tokens: int = 64,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | None = None,
 ) -> str:
-    """The assistant's answer to a conversation."""
+    """The assistant's answer to a conversation. Arguments and errors as `generate_batch`."""
     return generate_batch(model, tokenizer, [messages], max_new_tokens, sampling)[0]
 
 
@@ -141,21 +144,32 @@ def stream(
     tokenizer: ChatTokenizer,
     messages: Sequence[dict[str, Any]],
     max_new_tokens: int = 512,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | None = None,
 ) -> Iterator[str]:
-    """The assistant's answer, piece by piece as it is generated."""
-    ids: list[int] = []
-    shown = ""
+    """The assistant's answer, piece by piece as it is generated. Arguments and errors as `generate_batch`.
+
+    A token may be part of a character, so a piece is held back until it ends with a whole one. In each step the newest
+    tokens are decoded together with the piece before them, not alone and not with everything: some tokenizers drop the
+    space in front of what they decode, and the time would grow with the text.
+    """
+    sampling = sampling or Sampling.of(model.config)
     stops = _stops(model, tokenizer)
+    ids: list[int] = []
+    begin = shown = 0  # the piece before is ids[begin:shown]
+
+    def news() -> str:
+        before = tokenizer.decode(ids[begin:shown], skip_special_tokens=True)
+        return tokenizer.decode(ids[begin:], skip_special_tokens=True)[len(before) :]
+
     for token in generate_tokens(model, [_prompt(tokenizer, messages)], max_new_tokens, stops, sampling):
         if token.item() in stops:
             break
         ids.append(int(token))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for its other bytes
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
+        piece = news()
+        if piece and not piece.endswith(REPLACEMENT):
+            yield piece
+            begin, shown = shown, len(ids)
+    rest = news()
     if rest:
         yield rest
 

@@ -1,18 +1,27 @@
 """Generation against its definition.
 
 Decoding with the key/value cache is compared with running the whole text through the model again for every token.
-Stopping, sampling and streaming are tested on a model that does exactly what the test says (`Scripted`), so that no
-test depends on what random weights happen to prefer.
+Stopping, drawing and streaming are tested on a model that does exactly what the test says (`Scripted`), so that no test
+depends on what random weights happen to prefer. Whole texts are compared with transformers' `generate` on the tiny
+checkpoint: the same tokens, drawn ones too, from the same seed. How a single token is chosen: test_sampling.py.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import tokenizers
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import minift
 from minift.model.decoder import CausalLM
@@ -24,17 +33,20 @@ class Scripted:
 
     dtype, device = torch.float32, torch.device("cpu")
 
-    def __init__(self, logits: Callable[[Tensor], Tensor], eos: tuple[int, ...] = (), context: int = 1000):
+    def __init__(
+        self, logits: Callable[[Tensor], Tensor], eos: tuple[int, ...] = (), context: int = 1000, **generation: Any
+    ):
         self.config = SimpleNamespace(
-            max_position_embeddings=context, eos_token_ids=eos, num_hidden_layers=0, num_key_value_heads=1, head_dim=2
-        )
-        self.logits = logits
+            max_position_embeddings=context, eos_token_ids=eos, num_hidden_layers=0, num_key_value_heads=1, head_dim=2,
+            generation=generation, rope={"rope_type": "default"},
+        )  # fmt: skip
+        self.following = logits
 
     def hidden(self, input_ids_bs: Tensor, *_: object) -> Tensor:
         return input_ids_bs.unsqueeze(-1)
 
-    def lm_head(self, last_b1: Tensor) -> Tensor:
-        return self.logits(last_b1.squeeze(-1))
+    def logits(self, last_b1: Tensor) -> Tensor:
+        return self.following(last_b1.squeeze(-1))
 
 
 def successor(table: dict[int, int], **options: Any) -> CausalLM:
@@ -84,6 +96,17 @@ def test_cached_decoding_of_a_quantized_model(tiny: Path):
     assert columns(generate_tokens(model, [[5, 6, 7]], 10)) == [recomputed(model, [5, 6, 7], 10)]
 
 
+@pytest.mark.parametrize(("prompts", "padded"), [([[1, 2]], False), ([[1, 2], [3, 4]], False), ([[1, 2], [3]], True)])
+def test_only_padding_needs_document_numbers(prompts: list[list[int]], padded: bool):
+    """Without them the decoder may leave out the mask."""
+    fed: list[Any] = []
+    model: Any = Scripted(lambda last_b: torch.zeros(len(last_b), 9))
+    model.hidden = lambda ids, positions, documents, cache: fed.append(documents) or ids.unsqueeze(-1)
+    list(generate_tokens(model, prompts, 3))
+    numbers = [None if documents is None else documents.tolist() for documents in fed]
+    assert numbers == ([[[0, 0], [-1, 0]], [[0], [0]], [[0], [0]]] if padded else [None] * 3)
+
+
 def test_generation_builds_no_graph_and_leaves_the_model_alone(tiny: Path):
     model = minift.load_model(tiny)
     token = next(iter(generate_tokens(model, [[1, 2, 3]], 5)))
@@ -118,6 +141,8 @@ def test_rows_stop_independently():
 
 def test_no_new_tokens():
     assert list(generate_tokens(successor(CHAIN), [[0]], 0)) == []
+    with pytest.raises(ValueError, match="max_new_tokens must not be negative, got -1"):
+        next(generate_tokens(successor(CHAIN), [[0]], -1))
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -216,20 +241,109 @@ def test_a_seed_fixes_the_text_and_nothing_else(tiny: Path):
     assert first[0] != first[1]  # each row has draws of its own
 
 
+# --- whole texts, as transformers' generate -------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7, 7, 5, 300, 12], [2], [2, 0, 9, 9]]  # 2 ends a text, and is what rows are padded with
+
+
+def their_rows(theirs: Any, prompts: list[list[int]], count: int, **asked: Any) -> list[list[int]]:
+    """transformers' new tokens of each row, up to its end."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"attention_mask": mask, "max_new_tokens": count, "pad_token_id": 2}
+    return theirs.generate(ids, **options | asked)[:, longest:].tolist()
+
+
+def cut(rows: list[list[int]], stops: Sequence[int]) -> list[list[int]]:
+    """Each row up to its first stop token, with it."""
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "sampling",
     [
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_p": float("nan")}, "top_p"),
+        GREEDY,
+        Sampling(repetition_penalty=1.3),
+        Sampling(repetition_penalty=0.8),
+        Sampling(1.0, seed=5),
+        Sampling(0.8, 0.9, 5),
+        Sampling(1.2, 1.0, 6, 10),
+        Sampling(0.7, 0.95, 7, 40, 1.2),
     ],
+    ids=str,
 )
-def test_bad_sampling_is_refused(options: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS, [PROMPTS[0]] * 3], ids=["one", "unequal", "equal"])
+def test_tokens_equal_transformers(tiny: Path, prompts: list[list[int]], sampling: Sampling):
+    """The draws, too: on a CPU the same seed gives the same noise, and which token it picks does not turn on rounding
+    (1e-6 of a probability ratio) in some 80 tokens."""
+    theirs = AutoModelForCausalLM.from_pretrained(tiny)
+    stops = (2, 77, 150)
+    asked: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty, "eos_token_id": list(stops)}
+    if sampling.temperature:
+        asked |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        asked["top_k"] = sampling.top_k
+    torch.manual_seed(sampling.seed)
+    expected = their_rows(theirs, prompts, 25, **asked)
+    ours = columns(generate_tokens(minift.load_model(tiny), prompts, 25, stops, sampling))
+    assert cut(ours, stops) == cut(expected, stops)
+    assert len(ours[0]) == len(expected[0])  # both end when the slowest row does
+
+
+@pytest.fixture
+def settled(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """settled(do_sample=True, ...) -> a copy of the tiny checkpoint with that generation_config.json."""
+
+    def write(**generation: Any) -> Path:
+        folder = Path(shutil.copytree(tiny, tmp_path / "settled", dirs_exist_ok=True))
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {},
+        {"temperature": 0.6, "top_p": 0.9},  # no do_sample
+        {"repetition_penalty": 1.4},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+        {"do_sample": True, "temperature": 1.5, "eos_token_id": [2, 77, 150, 260, 301]},
+    ],
+    ids=str,
+)
+def test_the_checkpoints_generation_config_is_respected(settled: Callable[..., Path], generation: dict[str, Any]):
+    """Without a word from the caller, every function answers as transformers with that folder does."""
+    folder = settled(**generation)
+    model, tokenizer = minift.load_model(folder), minift.load_tokenizer(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(said("Hello"), True), False)
+    torch.manual_seed(0)
+    (tokens,) = their_rows(theirs, [prompt], 30)
+    stops: Any = {*model.config.eos_token_ids, tokenizer.eos_id}
+    if tokens[-1] in stops:
+        del tokens[-1]
+    expected = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert generate(model, tokenizer, said("Hello"), 30) == expected
+    assert generate_batch(model, tokenizer, [said("Hello")], 30) == [expected]
+    assert "".join(stream(model, tokenizer, said("Hello"), 30)) == expected
+
+    # A Sampling of the caller's replaces the file's, as a whole or in one field.
+    (greedy,) = columns(generate_tokens(model, [prompt], 30, stops))
+    assert generate(model, tokenizer, said("Hello"), 30, GREEDY) == tokenizer.decode(greedy, skip_special_tokens=True)
+    reseeded = replace(Sampling.of(model.config), seed=8)
+    answers = [generate(model, tokenizer, said("Hello"), 30, sampling) for sampling in (None, reseeded)]
+    assert (answers[0] != answers[1]) == generation.get("do_sample", False)
+
+
+def test_settings_that_are_not_supported_are_refused_unless_a_sampling_is_given():
+    for answer in (generate, generate_batch, stream):
+        asked: Any = said("?") if answer is not generate_batch else [said("?")]
+        with pytest.raises(ValueError, match=r"generation_config.json sets num_beams to 4.*pass a Sampling"):
+            list(answer(saying("yes", num_beams=4), Bytes(), asked))
+        assert "".join(answer(saying("yes", num_beams=4), Bytes(), asked, 9, GREEDY)) == "yes"
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -251,8 +365,8 @@ class Bytes:
         return messages[-1]["content"]
 
 
-def saying(text: str | bytes, **options: Any) -> CausalLM:
-    """A model that answers `text` to any prompt, as bytes, and then stops. Its state is the number of steps."""
+def saying(text: str | bytes | list[int], **options: Any) -> CausalLM:
+    """A model that answers `text` (bytes, or ids) to any prompt, and then stops. Its state is the number of steps."""
     script = [*(text.encode() if isinstance(text, str) else text), 256]
     steps = iter(script)
 
@@ -309,6 +423,49 @@ def test_streamed_pieces_of_a_real_tokenizer(tiny: Path):
         assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces[:-1])
 
 
+class SentencePieces(Bytes):
+    """A tokenizer as Llama's first ones: a space is part of the token behind it, a text's first space is dropped, and
+    what has no token of its own is spelled in bytes."""
+
+    PIECES = "<unk> <s> ▁ ▁the a ▁a b . <0xC3> <0xA9> <0xF0> <0x9F> <0xA6> <0x99>"
+
+    def __init__(self) -> None:
+        vocabulary = {piece: i for i, piece in enumerate(self.PIECES.split())}
+        self.tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+        self.tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        self.tokenizer.add_special_tokens(["<s>"])
+        self.longest = 0
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        self.longest = max(self.longest, len(ids))
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+E_ACUTE, LLAMA = [8, 9], [10, 11, 12, 13]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([[1], [2], [3], [4], [5], [6], [7], E_ACUTE, LLAMA]), max_size=12))
+@example([[2], [2], [3]])
+@example([E_ACUTE, LLAMA, E_ACUTE, [2], [4], [1], [3]])
+def test_streamed_pieces_of_a_tokenizer_that_drops_the_first_space(units: list[list[int]]):
+    tokenizer, ids = SentencePieces(), [token for unit in units for token in unit]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    pieces = list(stream(saying(ids), tokenizer, said("?")))
+    assert "".join(pieces) == whole
+    assert len(pieces) >= len(whole.split())  # in pieces, not all at the end
+    assert all(pieces) and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_streaming_decodes_a_few_tokens_a_step_however_long_the_text():
+    tokenizer = SentencePieces()
+    ids = ([3, *LLAMA, 4, 1, *E_ACUTE] * 40)[:350]
+    assert "".join(stream(saying(ids), tokenizer, said("?"))) == tokenizer.tokenizer.decode(ids)
+    assert tokenizer.longest <= 8  # a character of four tokens and the one before it
+
+
 def test_batched_answers_are_cut_at_their_own_stop(tiny: Path):
     """Row by row equal to the answers generated alone, whatever their lengths and the lengths of their prompts."""
     model, tokenizer = minift.load_model(tiny), minift.load_tokenizer(tiny)
@@ -338,7 +495,3 @@ def test_no_room_for_an_answer():
     assert generate_batch(saying("x"), Bytes(), [said("?"), said("!")], 0) == ["", ""]
     with pytest.raises(ValueError, match="context"):
         generate(saying("x", context=10), Bytes(), said("a long question"), 4)
-
-
-def test_greedy_is_the_default():
-    assert Sampling(0.0, 1.0, 0) == GREEDY
