@@ -30,7 +30,7 @@ class LayerCache:
 
 
 class KVCache:
-    """One LayerCache per layer, and the document number of every cached token.
+    """One LayerCache per layer, and the document number of every cached token, if they are not all one.
 
     Args:
         config: of the model.
@@ -45,12 +45,22 @@ class KVCache:
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
         ]
-        self.documents_bt = torch.empty((batch, 0), dtype=torch.long, device=device)
-        self.capacity = capacity
+        self.documents_bt: Tensor | None = None
+        self.length, self.capacity = 0, capacity
 
-    def add_documents(self, documents_bs: Tensor) -> Tensor:
-        """Note the documents of new tokens; return those of all tokens, [b, t]."""
-        if self.documents_bt.shape[1] + documents_bs.shape[1] > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens a row; more were fed")
-        self.documents_bt = torch.cat([self.documents_bt, documents_bs], dim=1)
+    def add(self, input_ids_bs: Tensor, documents_bs: Tensor | None) -> Tensor | None:
+        """Note new tokens and their documents; return the documents of all tokens [b, t], None if all are one.
+
+        Raises:
+            ValueError: more tokens than there is room for.
+        """
+        (b, s), past = input_ids_bs.shape, self.length
+        if past + s > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens a row; {past + s} were fed")
+        self.length = past + s
+        if documents_bs is None and self.documents_bt is None:
+            return None
+        before = input_ids_bs.new_zeros(b, past) if self.documents_bt is None else self.documents_bt
+        now = input_ids_bs.new_zeros(b, s) if documents_bs is None else documents_bs
+        self.documents_bt = torch.cat([before, now], dim=1)
         return self.documents_bt

@@ -37,7 +37,7 @@ def load_model(
     quantize: str | QuantConfig | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> CausalLM:
     """Load a causal language model.
 
@@ -48,7 +48,8 @@ def load_model(
             already must have the format asked for.
         dtype: of weights, activations and arithmetic; None keeps the checkpoint's.
         device: where the model goes. Quantization happens there, too.
-        attention: "sdpa" (fused) or "eager" (step by step).
+        attention: "sdpa" (PyTorch's fused kernel), "eager" (step by step) or "flash" (ours, in tiles); None: "sdpa", or
+            "eager" for models that cap their scores.
 
     Raises:
         FileNotFoundError, ValueError: unknown name, or a checkpoint that does not fit; says which file or tensor.
@@ -56,13 +57,14 @@ def load_model(
     folder = resolve(name)
     model = build_model(folder, quantize, dtype, attention)
     files = checkpoint_files(folder)
+    check_device(device, model.dtype)
     _fill(model, files, torch.device(device))
     model.name, model.folder = str(name), folder
     return model.eval()
 
 
 def build_model(
-    folder: Path, quantize: str | QuantConfig | None, dtype: torch.dtype | None, attention: str = "sdpa"
+    folder: Path, quantize: str | QuantConfig | None, dtype: torch.dtype | None, attention: str | None = None
 ) -> CausalLM:
     """The model of a folder on the meta device: every shape and dtype, no memory."""
     config = ModelConfig.from_folder(folder)
@@ -82,6 +84,20 @@ def build_model(
     elif wanted:
         swap_linears(model, wanted)
     return model
+
+
+def check_device(device: str | torch.device, dtype: torch.dtype) -> None:
+    """Multiply two numbers there, before anything is loaded.
+
+    Raises:
+        ValueError: there is no such device, or it cannot compute in this dtype.
+    """
+    try:
+        one = torch.ones(1, 1, dtype=dtype, device=device)
+        torch.mm(one, one)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot compute in {dtype}: {reason}") from None
 
 
 def _stored_blocksize(folder: Path) -> int:
@@ -162,7 +178,10 @@ def _fill(model: CausalLM, files: list[Path], device: torch.device) -> None:
     expected = {name for name, _ in model.named_parameters()} | {f"{path}.weight" for path in quantized}
     parts: dict[str, dict[str, Tensor]] = {path: {} for path in quantized}
     left_over = []
+    base = model.config.family.name("decoder").partition(".")[0]
     for name, tensor in read_tensors(files, progress=f"Loading {where.name}"):
+        if name not in expected and f"{base}.{name}" in expected:  # saved without the head around it, as GPT-2 was
+            name = f"{base}.{name}"
         path = next((p for p in owners(name) if p in quantized), "")
         if path and name != f"{path}.bias" and model.config.quantization:
             parts[path][name.removeprefix(f"{path}.")] = tensor.to(device, copy=True)
@@ -192,6 +211,8 @@ def _leaf(name: str) -> str:
 def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
+    if model.config.family.transposed and leaf == "weight" and is_block_linear(path, module):
+        tensor = tensor.t()
     layer = module if isinstance(module, QuantizedLinear) and leaf == "weight" else None
     if layer is not None:
         shape, dtype = (layer.out_features, layer.in_features), layer.stored_dtype
@@ -213,6 +234,11 @@ def _place(model: CausalLM, name: str, tensor: Tensor, device: torch.device) -> 
         setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True)))
 
 
+def is_block_linear(path: str, module: nn.Module) -> bool:
+    """Whether a module is a linear layer of a block: those are what GPT-2 stores transposed."""
+    return isinstance(module, nn.Linear | QuantizedLinear) and path != "lm_head"
+
+
 def _place_quantized(layer: QuantizedLinear, tensors: dict[str, Tensor], path: str) -> None:
     shape = (layer.out_features, layer.in_features)
     if isinstance(layer, Linear4bit):
@@ -224,5 +250,8 @@ def _place_quantized(layer: QuantizedLinear, tensors: dict[str, Tensor], path: s
 
 
 def _may_be_ignored(model: CausalLM, name: str) -> bool:
-    """Tensors that some checkpoints carry although the model computes them: rotary tables, a copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    """Tensors that some checkpoints carry although the model computes them: rotary tables, causal masks (GPT-2), a copy
+    of a tied head."""
+    if name == "lm_head.weight":
+        return model.config.tie_word_embeddings
+    return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minift.atomic import atomic_folder
 from minift.model.decoder import CausalLM
+from minift.model.load import is_block_linear
 from minift.quant.checkpoint import fourbit_tensors, int8_tensors, owners
 from minift.quant.linear import Linear4bit, Linear8bit, QuantizedLinear
 
@@ -70,7 +71,9 @@ def checkpoint_tensors(model: CausalLM) -> dict[str, Tensor]:
         elif isinstance(module, Linear8bit):
             parts = int8_tensors(module.weight, module.absmax)
         else:
-            parts = dict(module.named_parameters(recurse=False))
+            parts: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+            if model.config.family.transposed and is_block_linear(path, module):
+                parts["weight"] = parts["weight"].t()
         if isinstance(module, QuantizedLinear) and module.bias is not None:
             parts["bias"] = module.bias
         tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}

@@ -12,7 +12,7 @@ Labels are shifted here and nowhere else: the hidden state of token i predicts t
 are dropped before the head, which multiplies every remaining one by the whole vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +59,14 @@ def trained_rows(model: CausalLM, batch: Batch, gradient_checkpointing: bool = F
     return hidden_bsd[:, :-1][trained_bs], target_bs[trained_bs]
 
 
-def head_loss(head: nn.Module, hidden_nd: Tensor, target_n: Tensor) -> Tensor:
+def head_loss(head: Callable[[Tensor], Tensor], hidden_nd: Tensor, target_n: Tensor) -> Tensor:
     """Sum of -log p(target), fp32 []."""
     return F.cross_entropy(head(hidden_nd).float(), target_n, reduction="sum")
 
 
 def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of -log p over the trained tokens of a batch, fp32 []."""
-    return head_loss(model.lm_head, *trained_rows(model, batch))
+    return head_loss(model.logits, *trained_rows(model, batch))
 
 
 def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing: bool = False) -> Tensor:
@@ -80,7 +80,7 @@ def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing
     rows = max(1, LOGITS_AT_ONCE.get(leaf_nd.device.type, LOGITS_AT_ONCE["cpu"]) // model.config.vocab_size)
     total = torch.zeros((), device=leaf_nd.device)
     for piece_nd, piece_n in zip(leaf_nd.split(rows), target_n.split(rows), strict=True):
-        loss = head_loss(model.lm_head, piece_nd, piece_n) / divisor
+        loss = head_loss(model.logits, piece_nd, piece_n) / divisor
         loss.backward()
         total += loss.detach()
     if hidden_nd.requires_grad:  # not if only the head is trained

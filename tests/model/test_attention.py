@@ -1,29 +1,33 @@
-"""Attention, who may see whom, RMS normalization and the gate, each against its definition and against transformers.
+"""Attention and who may see whom, against the definition and against transformers.
 
 Derived tolerances. A dot product of n terms in floating point with unit roundoff u is off by at most about n u times
 the sum of the terms' magnitudes, in any order of addition; bounds below count roundings that way. Where the arithmetic
 can be done in float64, it is, and nothing but 1e-12 is left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from minift.model.attention import (
     ATTENTION,
     SharedPrefix,
+    Visible,
     after_prefix,
-    causal_mask,
-    document_mask,
+    attention_steps,
     eager,
     repeat_heads,
     sdpa,
 )
-from minift.model.layers import GateAndMultiply, NormalizeRMS, RMSNorm
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+CAPPING = ["eager", "flash"]
 
 
 # --- who may see whom -------------------------------------------------------------------------------------------------
@@ -38,6 +42,18 @@ def numbers(*documents: int) -> Tensor:
     return torch.tensor([documents])
 
 
+def seen_by_rule(documents: Sequence[int], queries: int, window: int | None = None) -> Tensor:
+    """The rule in words, a pair at a time, bool [s, t]: a query sees itself and what came before, no further back than
+    its window, if every token from there to itself has its number."""
+    t = len(documents)
+    return torch.tensor(
+        [
+            [j <= i and set(documents[j : i + 1]) == {documents[i]} and i - j < (window or t) for j in range(t)]
+            for i in range(t - queries, t)
+        ]
+    )
+
+
 @pytest.mark.parametrize(
     ("documents", "picture"),
     [
@@ -46,145 +62,375 @@ def numbers(*documents: int) -> Tensor:
         ((-1, -1, 0, 0), "x...\nxx..\n..x.\n..xx"),  # padded left
         ((0, 0, -1, -1), "x...\nxx..\n..x.\n..xx"),  # padded right
         ((7, 3, 3, 9), "x...\n.x..\n.xx.\n...x"),  # any numbers
+        ((0, 1, 0, 0), "x...\n.x..\n..x.\n..xx"),  # a number that comes back is another document
+        ((-1, 0, -1), "x..\n.x.\n..x"),
         ((-1, -1), "x.\nxx"),  # nothing but padding
         ((0,), "x"),
     ],
 )
-def test_document_mask(documents: tuple[int, ...], picture: str):
-    mask = document_mask(numbers(*documents), numbers(*documents))
-    assert mask.dtype == torch.bool
-    assert mask.shape == (1, 1, len(documents), len(documents))
-    assert drawn(mask[0]) == picture
+def test_documents(documents: tuple[int, ...], picture: str):
+    visible = Visible.of_documents(numbers(*documents), len(documents))
+    assert visible.mask.dtype == torch.bool
+    assert visible.mask.shape == (1, 1, len(documents), len(documents))
+    assert drawn(visible.mask[0]) == picture
 
 
-def test_document_mask_of_the_last_queries():
+@pytest.mark.parametrize(
+    ("window", "picture"),
+    [
+        (1, "x....\n.x...\n..x..\n...x.\n....x"),
+        (2, "x....\nxx...\n.xx..\n...x.\n...xx"),
+        (3, "x....\nxx...\nxxx..\n...x.\n...xx"),
+        (99, "x....\nxx...\nxxx..\n...x.\n...xx"),
+    ],
+)
+def test_documents_with_a_window(window: int, picture: str):
+    """A window counts the query itself, and never reaches into another document."""
+    visible = Visible.of_documents(numbers(0, 0, 0, 1, 1), 5, window)
+    assert drawn(visible.mask[0]) == picture
+    assert drawn(Visible.of_documents(numbers(0, 0, 0, 1, 1), 2, window).mask[0]) == "\n".join(picture.split("\n")[3:])
+
+
+def test_documents_of_the_last_queries():
     """With a cache the queries are the newest tokens of their row, the keys all of them."""
     keys = numbers(-1, 0, 0, 0, 0)
-    assert drawn(document_mask(keys[:, 3:], keys)[0]) == ".xxx.\n.xxxx"
-    assert drawn(document_mask(keys[:, 4:], keys)[0]) == ".xxxx"
+    assert drawn(Visible.of_documents(keys, 2).mask[0]) == ".xxx.\n.xxxx"
+    assert drawn(Visible.of_documents(keys, 1).mask[0]) == ".xxxx"
 
 
-def test_document_mask_of_every_row_is_its_own():
-    documents = torch.tensor([[0, 0, 1], [-1, 0, 0]])
-    mask = document_mask(documents, documents)
+def test_documents_of_every_row_are_its_own():
+    mask = Visible.of_documents(torch.tensor([[0, 0, 1], [-1, 0, 0]]), 3).mask
+    assert mask.shape == (2, 1, 3, 3)
     assert [drawn(row) for row in mask] == ["x..\nxx.\n..x", "x..\n.x.\n.xx"]
 
 
-@pytest.mark.parametrize(("s", "t", "picture"), [(3, 3, "x..\nxx.\nxxx"), (2, 4, "xxx.\nxxxx"), (1, 3, "xxx")])
-def test_causal_mask(s: int, t: int, picture: str):
-    mask = causal_mask(s, t, torch.device("cpu"))
-    assert drawn(mask.unsqueeze(0)) == picture
-    row = torch.zeros(1, t, dtype=torch.long)
-    assert torch.equal(mask, document_mask(row[:, t - s :], row)[0, 0])
+@pytest.mark.parametrize(
+    ("s", "t", "window", "picture"),
+    [
+        (3, 3, None, "x..\nxx.\nxxx"),
+        (2, 4, None, "xxx.\nxxxx"),
+        (1, 3, None, "xxx"),
+        (3, 3, 2, "x..\nxx.\n.xx"),
+        (2, 4, 2, ".xx.\n..xx"),
+        (1, 3, 1, "..x"),
+        (2, 3, 3, "xx.\nxxx"),
+        (2, 3, 9, "xx.\nxxx"),
+    ],
+)
+def test_within(s: int, t: int, window: int | None, picture: str):
+    visible = Visible.within(s, t, window, torch.device("cpu"))
+    assert visible.mask.shape == (1, 1, s, t)
+    assert drawn(visible.mask[0]) == picture
+
+
+def assert_inverse(visible: Visible, seen_bst: Tensor) -> None:
+    """`last_bt` is the last query that sees a key; of a key that nobody sees it lies before the key and the queries."""
+    t = visible.keys
+    assert visible.last_bt.shape == (seen_bst.shape[0], t) and visible.last_bt.dtype == torch.int64
+    for last_t, seen_st in zip(visible.last_bt.tolist(), seen_bst, strict=True):
+        for key, last in enumerate(last_t):
+            queries = seen_st[:, key].nonzero().flatten().tolist()
+            if queries:
+                assert last == queries[-1] + t - seen_st.shape[0]
+            else:
+                assert last < max(key, t - seen_st.shape[0])
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.data())
+def test_documents_by_the_rule(data: st.DataObject):
+    t = data.draw(st.integers(1, 12))
+    rows = data.draw(st.lists(st.lists(st.integers(-1, 2), min_size=t, max_size=t), min_size=1, max_size=3))
+    s, window = data.draw(st.integers(1, t)), data.draw(st.none() | st.integers(1, t + 1))
+    visible = Visible.of_documents(torch.tensor(rows), s, window)
+    seen = torch.stack([seen_by_rule(row, s, window) for row in rows])
+    assert torch.equal(visible.mask[:, 0], seen)
+    assert_inverse(visible, seen)
+    row = seen_by_rule([0] * t, s, window)
+    assert torch.equal(Visible.within(s, t, window, torch.device("cpu")).mask[0, 0], row)
+    assert seen.diagonal(t - s, 1, 2).all() and visible.sees_itself
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.data())
+def test_any_first_keys_by_the_rule(data: st.DataObject):
+    """Also those beyond the query itself, which then sees nothing."""
+    t = data.draw(st.integers(1, 9))
+    s = data.draw(st.integers(1, t))
+    first = sorted(data.draw(st.lists(st.integers(0, t), min_size=s, max_size=s)))
+    visible = Visible(torch.tensor([first]), t)
+    seen = torch.tensor([[first[i] <= j <= i + t - s for j in range(t)] for i in range(s)])
+    assert torch.equal(visible.mask[0, 0], seen)
+    assert_inverse(visible, seen.unsqueeze(0))
+    cleared = visible.clear_blind(torch.ones(1, 2, s, 3))
+    assert torch.equal(cleared, seen.any(1).float()[None, None, :, None].expand(1, 2, s, 3))
 
 
 # --- the weighted mean ------------------------------------------------------------------------------------------------
 
 
-def random_qkv(heads: int, groups: int, s: int, t: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> list:
-    return [
-        torch.randn(batch, n, length, 8, dtype=dtype, requires_grad=True)
-        for n, length in ((heads, s), (groups, t), (groups, t))
-    ]
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One query at a time, over the keys that it may see, in float64."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    for b, h, s in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        seen = mask[b, h, s]
-        group = h // (q.shape[1] // k.shape[1])  # consecutive query heads share one key/value head
-        weight = (k[b, group, seen].double() @ q[b, h, s].double() / q.shape[-1] ** 0.5).softmax(0)
-        out[b, h, s] = weight @ v[b, group, seen].double()
-    return out
+def random_qkv(heads: int, groups: int, s: int, t: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> QKV:
+    def random(n: int, length: int) -> Tensor:
+        return torch.randn(batch, n, length, 8, dtype=dtype, requires_grad=True)
+
+    return random(heads, s), random(groups, t), random(groups, t)
+
+
+def random_for(seen: Tensor, heads: int, groups: int, dtype: torch.dtype = torch.float32) -> QKV:
+    return random_qkv(heads, groups, seen.shape[2], seen.shape[3], dtype)
+
+
+def of_heads(x: Tensor, heads: int) -> Tensor:
+    """The key/value head of each query head, in float64: consecutive heads share one."""
+    return x[:, [h // (heads // x.shape[1]) for h in range(heads)]].double()
+
+
+def weights_by_definition(q: Tensor, k: Tensor, seen: Tensor, scale: float | None, softcap: float) -> Tensor:
+    """One query at a time, over the keys that it may see, in float64 [b, h, s, t]."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    (b, h, s), t = q.shape[:3], k.shape[2]
+    seen, q, k = seen.expand(b, h, s, t), q.double(), of_heads(k, h)
+    rows = []
+    for where in torch.cartesian_prod(*map(torch.arange, (b, h, s))).unbind():
+        row, head, query = where.tolist()
+        visible = seen[row, head, query]
+        scores = k[row, head, visible] @ q[row, head, query] * factor
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        rows.append(torch.zeros(t, dtype=torch.float64).masked_scatter(visible, scores.softmax(0)))
+    return torch.stack(rows).view(b, h, s, t)
+
+
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None = None, softcap: float = 0.0
+) -> Tensor:
+    """The weighted mean in float64; a mean over nothing is 0."""
+    return weights_by_definition(q, k, seen, scale, softcap) @ of_heads(v, q.shape[1])
+
+
+def error_bound(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """Scores: 8 products and a scaling, of magnitude c, off by 10 u c; a soft cap has a slope of at most 1 and adds a
+    division, a tanh (2 u) and a product, 4 u c; exp carries that over as a relative error, to numerator and sum; the
+    sum of t terms and the mean of t values add 2 t u; with |v| as scale.
+    """
+    u = 2**-53 if q.dtype == torch.float64 else 2**-24
+    c = scale * (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
+    return (2 * 14 * c + 2 * k.shape[2] + 10) * u * v.abs().max().item()
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (5, 1)])
-@pytest.mark.parametrize(("s", "t"), [(1, 1), (9, 9), (1, 9), (4, 9)])
-def test_attention_equals_its_definition(kernel: str, heads: int, groups: int, s: int, t: int):
-    q, k, v = random_qkv(heads, groups, s, t)
-    mask = causal_mask(s, t, torch.device("cpu"))
-    exact = by_definition(q, k, v, mask)
-    # Scores: 8 products and a scaling, magnitude c, off by 10 u c; exp carries that over as a relative error, the sum
-    # of t and the mean of t values add 2 t u; with |v| as scale.
-    u, c = 2**-24, (q.norm(dim=-1).max() * k.norm(dim=-1).max() / 8**0.5).item()
-    bound = (2 * 10 * c + 2 * t + 10) * u * v.abs().max().item()
-    assert (ATTENTION[kernel](q, k, v, mask).double() - exact).abs().max() <= bound
-    if s in (1, t):  # None is causal
-        assert (ATTENTION[kernel](q, k, v, None).double() - exact).abs().max() <= bound
+@pytest.mark.parametrize(("s", "t"), [(1, 1), (9, 9), (1, 9), (4, 9), (8, 9)])
+def test_attention_equals_its_definition(kernel: str, heads: int, groups: int, s: int, t: int, dtype: torch.dtype):
+    q, k, v = random_qkv(heads, groups, s, t, dtype)
+    for scale in (None, 0.11, 1.0):
+        exact = by_definition(q, k, v, seen_by_rule([0] * t, s), scale)
+        bound = error_bound(kernel, q, k, v, scale or 8**-0.5)
+        for visible in (None, Visible.within(s, t, None, q.device)):  # None is causal, aligned to the end
+            ours = ATTENTION[kernel](q, k, v, visible, scale, 0.0)
+            assert ours.dtype == dtype and ours.shape == q.shape
+            assert (ours.double() - exact).abs().max() <= bound
 
 
-# The same bound for the sizes below: c < 12 (|q| and |k| below 5.8), t < 15, |v| < 4.
-FP32 = (20 * 12 + 2 * 15 + 10) * 2**-24 * 4
+# Documents of two rows, number of queries, window.
+PLACES = {
+    "whole": ([[0] * 7, [3] * 7], 7, None),
+    "packed": ([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 0, 0]], 7, None),
+    "padded": ([[-1, -1, 0, 0, 0, 0, 0], [0, 0, 0, -1, -1, -1, -1]], 7, None),
+    "window": ([[0] * 7, [0, 0, 0, 0, 0, 1, 1]], 7, 3),
+    "last": ([[-1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]], 3, None),
+    "last, window": ([[0] * 7, [-1, 0, 0, 0, 0, 0, 1]], 4, 2),
+}
+
+
+def at(place: str) -> tuple[Visible, Tensor]:
+    """Who sees whom as the library has it, and by the rule: bool [b, 1, s, t]."""
+    rows, s, window = PLACES[place]
+    seen = torch.stack([seen_by_rule(row, s, window) for row in rows]).unsqueeze(1)
+    return Visible.of_documents(torch.tensor(rows), s, window), seen
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
-@pytest.mark.parametrize(
-    "documents",
-    [
-        [[0, 0, 0, 1, 1, -1], [0, 1, 1, 1, 1, 2]],
-        [[-1, -1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
-        [[0, 0, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1]],
-    ],
-    ids=["packed", "padded left", "padded right"],
-)
-def test_attention_within_documents(kernel: str, documents: list[list[int]]):
-    documents_bs = torch.tensor(documents)
-    q, k, v = random_qkv(4, 2, 6, 6)
-    ours = ATTENTION[kernel](q, k, v, document_mask(documents_bs, documents_bs))
-    for row, numbering in enumerate(documents):
-        for number in set(numbering):  # each document alone, cut out of its row
-            where = torch.tensor(numbering) == number
-            part_q, part_k, part_v = (x[row : row + 1, :, where] for x in (q, k, v))
-            causal = causal_mask(int(where.sum()), int(where.sum()), torch.device("cpu"))
-            exact = by_definition(part_q, part_k, part_v, causal)
-            assert (ours[row : row + 1, :, where].double() - exact).abs().max() <= FP32
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("place", PLACES)
+def test_attention_of_a_place_equals_its_definition(kernel: str, place: str, heads: int, groups: int, softcap: float):
+    if softcap and kernel not in CAPPING:
+        return
+    visible, seen = at(place)
+    q, k, v = random_for(seen, heads, groups)
+    for scale in (None, 0.7):
+        exact = by_definition(q, k, v, seen, scale, softcap)
+        ours = ATTENTION[kernel](q, k, v, visible, scale, softcap)
+        assert (ours.double() - exact).abs().max() <= error_bound(kernel, q, k, v, scale or 8**-0.5)
 
 
-def their_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    from types import SimpleNamespace
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("place", ["packed", "padded"])
+def test_a_document_is_as_if_alone(kernel: str, place: str):
+    visible, _ = at(place)
+    q, k, v = random_qkv(4, 2, 7, 7)
+    ours = ATTENTION[kernel](q, k, v, visible, None, 0.0)
+    for row, numbering in enumerate(PLACES[place][0]):
+        begins = [i for i in range(7) if i == 0 or numbering[i] != numbering[i - 1]]
+        for begin, end in zip(begins, [*begins[1:], 7], strict=True):  # cut out of its row
+            part_q, part_k, part_v = (x[row : row + 1, :, begin:end] for x in (q, k, v))
+            exact = by_definition(part_q, part_k, part_v, torch.ones(end - begin, end - begin).tril().bool())
+            bound = error_bound(kernel, q, k, v, 8**-0.5)
+            assert (ours[row : row + 1, :, begin:end].double() - exact).abs().max() <= bound
 
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_rows_longer_than_a_tile(kernel: str):
+    """300 queries of 600 tokens; documents begin and end within tiles, at their edges and across them."""
+    documents = [0] * 255 + [1] + [2] * 44 + [3] * 212 + [4] * 88
+    visible = Visible.of_documents(numbers(*documents), 300, 100)
+    q, k, v = random_qkv(2, 1, 300, 600, batch=1)
+    exact = by_definition(q, k, v, seen_by_rule(documents, 300, 100))
+    assert (ATTENTION[kernel](q, k, v, visible, None, 0.0).double() - exact).abs().max() <= error_bound(
+        kernel, q, k, v, 8**-0.5
+    )
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("level", [0.0, -256.0, 256.0])
+def test_scores_of_any_level_count(kernel: str, level: float):
+    """Equal scores, a mean of the values seen: also if they are exactly 0, or so low that exp(score) is 0 in fp32."""
+    visible, seen = at("packed")
+    v = torch.randn(2, 1, 7, 8)
+    q, k = torch.ones(2, 1, 7, 8), torch.full((2, 1, 7, 8), level / 8)
+    weight = seen.double() / seen.sum(-1, keepdim=True)
+    # The weights of equal scores, and a mean of at most 7 values.
+    bound = (2 * 7 + 10) * 2**-24 * v.abs().max()
+    assert (ATTENTION[kernel](q, k, v, visible, 1.0, 0.0).double() - weight @ v.double()).abs().max() <= bound
+
+
+def test_sdpa_refuses_to_cap():
+    q, k, v = random_qkv(4, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"sdpa cannot cap scores .*choose attention 'eager' or 'flash'"):
+        sdpa(q, k, v, None, None, 5.0)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def their_eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, softcap: float = 0.0
+) -> Tensor:
+    """transformers' eager steps: Gemma 2's, which are Llama's and a cap."""
     module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False)
     added = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    return llama.eager_attention_forward(module, q, k, v, added, scaling=q.shape[-1] ** -0.5)[0].transpose(1, 2)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, _ = gemma2.eager_attention_forward(module, q, k, v, added, 0.0, scale, softcap or None)
+    if not softcap:
+        assert torch.equal(out, llama.eager_attention_forward(module, q, k, v, added, scaling=scale)[0])
+    return out.transpose(1, 2)
+
+
+def cancellation(qkv: QKV, weight: Tensor, seen: Tensor, scale: float, softcap: float) -> list[Tensor]:
+    """What the fused kernels may be off in addition, for each of q, k and v.
+
+    They take the row sum of p * dp as dout . out, from the rounded output: 1 u, and 8 u for either sum of 8 products
+    and 1 for their difference, of |dout| |v|. Where the difference should be 0 (a single key is seen), this is all
+    there is. It goes into ds with the factor p, and from there through k to dq and through q to dk.
+    """
+    q, k, v = qkv
+    heads, groups = q.shape[1], k.shape[1]
+    u = torch.finfo(q.dtype).eps / 2
+    size = weight.double().norm(dim=-1, keepdim=True) * of_heads(v, heads).norm(dim=-1).amax()
+    ds = weights_by_definition(q, k, seen, scale, softcap) * size * 18 * u
+    dk = (ds.transpose(2, 3) @ q.double().abs()).unflatten(1, (groups, -1)).sum(2)
+    return [scale * ds @ of_heads(k, heads).abs(), scale * dk, torch.zeros_like(dk)]
+
+
+def assert_gradients_close(
+    kernel: str, qkv: QKV, visible: Visible | None, seen: Tensor, scale: float, softcap: float
+) -> None:
+    """The definition in float64 is exact; transformers' eager steps, left to autograd in the same dtype, say how far
+    off rounding may be. Another order of the same operations may be off by twice that, and see `cancellation`."""
+    q, _, _ = qkv
+    weight = torch.randn(q.shape, dtype=q.dtype)
+    blind = ~seen.any(-1, keepdim=True)
+    exact, theirs, ours = (
+        torch.autograd.grad((out * weight).sum(), qkv)
+        for out in (
+            by_definition(*qkv, seen, scale, softcap),
+            their_eager(*qkv, seen, scale, softcap).masked_fill(blind, 0),
+            ATTENTION[kernel](*qkv, visible, scale, softcap),
+        )
+    )
+    with torch.no_grad():
+        fused = cancellation(qkv, weight, seen, scale, softcap) if kernel != "eager" else (0, 0, 0)
+    for mine, other, true, more in zip(ours, theirs, exact, fused, strict=True):
+        assert mine.shape == other.shape and mine.dtype == other.dtype == q.dtype
+        rounding = (other.double() - true.double()).abs().max().item()
+        # `true` was itself rounded to the dtype when it reached q, k and v: half a unit in the last place.
+        unit = torch.finfo(q.dtype).eps * true.abs().max().item()
+        assert rounding < 16 * unit  # the reference is sound
+        assert ((mine.double() - true.double()).abs() <= 2 * rounding + unit + more).all()
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize("documents", [[[0, 0, 0, 1, 1, 2, 2]], [[0] * 7, [-1, -1, 0, 0, 0, 0, 0]]])
-def test_gradients_equal_autograds(
-    kernel: str, heads: int, groups: int, documents: list[list[int]], dtype: torch.dtype
-):
-    """The definition in float64 is exact; transformers' eager steps, left to autograd in the same dtype, say how far
-    off rounding may be. Another order of the same operations may be off by twice that."""
-    documents_bs = torch.tensor(documents)
-    mask = document_mask(documents_bs, documents_bs)
-    q, k, v = random_qkv(heads, groups, 7, 7, dtype, batch=len(documents))
-    weight = torch.randn(q.shape, dtype=dtype)
-    exact, theirs, ours = (
-        torch.autograd.grad((attend(q, k, v, mask) * weight).sum(), (q, k, v))
-        for attend in (by_definition, their_eager, ATTENTION[kernel])
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_equal_autograds(kernel: str, heads: int, groups: int, place: str, dtype: torch.dtype):
+    visible, seen = at(place)
+    qkv = random_for(seen, heads, groups, dtype)
+    assert_gradients_close(kernel, qkv, visible, seen, 8**-0.5, 0.0)
+
+
+@pytest.mark.parametrize("kernel", CAPPING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 50.0])
+@pytest.mark.parametrize("place", ["packed", "last, window"])
+def test_capped_gradients_equal_autograds(kernel: str, place: str, softcap: float, dtype: torch.dtype):
+    visible, seen = at(place)
+    assert_gradients_close(kernel, random_for(seen, 6, 2, dtype), visible, seen, 0.7, softcap)
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize(("s", "t"), [(7, 7), (3, 7), (1, 7)])
+def test_gradients_without_visible_equal_autograds(kernel: str, s: int, t: int):
+    seen = seen_by_rule([0] * t, s)[None, None]
+    assert_gradients_close(kernel, random_qkv(4, 2, s, t), None, seen, 0.7, 0.0)
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_in_float64(kernel: str, place: str, softcap: float):
+    if softcap and kernel not in CAPPING:
+        return
+    visible, seen = at(place)
+    qkv = random_for(seen, 4, 2, torch.float64)
+    weight = torch.randn(qkv[0].shape, dtype=torch.float64)
+    exact, ours = (
+        torch.autograd.grad((out * weight).sum(), qkv)
+        for out in (by_definition(*qkv, seen, 0.7, softcap), ATTENTION[kernel](*qkv, visible, 0.7, softcap))
     )
-    for mine, other, true in zip(ours, theirs, exact, strict=True):
-        assert mine.shape == other.shape and mine.dtype == other.dtype == dtype
-        rounding = (other.double() - true.double()).abs().max().item()
-        # `true` was itself rounded to the dtype when it reached q, k and v: half a unit in the last place.
-        unit = torch.finfo(dtype).eps * true.abs().max().item()
-        assert rounding < 16 * unit  # the reference is sound
-        assert (mine.double() - true.double()).abs().max().item() <= 2 * rounding + unit
+    for mine, true in zip(ours, exact, strict=True):
+        assert (mine - true).abs().max() <= 1e-12
 
 
-def test_eager_keeps_its_inputs_and_the_probabilities():
-    """Left to autograd, the probabilities in fp32 and the repeated keys and values would be kept, too."""
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_eager_keeps_its_inputs_and_the_probabilities(softcap: float):
+    """Left to autograd, the probabilities in fp32 and the repeated keys and values would be kept, too. The derivative
+    of a cap needs the capped scores."""
     qkv = random_qkv(4, 2, 7, 7, torch.bfloat16)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        eager(qkv[0], qkv[1], qkv[2], None)
-    assert sorted(t.numel() for t in saved) == sorted([*(x.numel() for x in qkv), 2 * 4 * 7 * 7])
+        eager(*qkv, None, None, softcap)
+    steps = [2 * 4 * 7 * 7] * (2 if softcap else 1)
+    assert sorted(t.numel() for t in saved) == sorted([*(x.numel() for x in qkv), *steps])
     assert {t.dtype for t in saved} == {torch.bfloat16}
+
+
+# --- who sees nothing, and who may not be seen ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
@@ -192,38 +438,166 @@ def test_padding_is_finite_forward_and_backward(kernel: str):
     """A row that is nothing but padding, and padding on either side: no NaN may reach a weight."""
     documents = torch.tensor([[-1, -1, -1, -1], [-1, -1, 0, 0], [0, 0, -1, -1]])
     q, k, v = random_qkv(4, 2, 4, 4, batch=3)
-    out = ATTENTION[kernel](q, k, v, document_mask(documents, documents))
+    out = ATTENTION[kernel](q, k, v, Visible.of_documents(documents, 4), None, 0.0)
     assert out.isfinite().all()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("kernel", ATTENTION)
-def test_tokens_that_may_not_be_seen_change_no_bit(kernel: str):
-    documents = torch.tensor([[0, 0, 1, 1, -1]])
-    q, k, v = (x.detach() for x in random_qkv(4, 2, 5, 5, batch=1))
-    mask = document_mask(documents, documents)
-    before = ATTENTION[kernel](q, k, v, mask)
-    for x in (k, v):
-        x[:, :, [0, 1, 4]] = 1e4
-    assert torch.equal(ATTENTION[kernel](q, k, v, mask)[:, :, 2:4], before[:, :, 2:4])
+# First keys of 3 or 5 queries among 5 tokens.
+BLIND = {
+    "some": [[0, 2, 2, 4, 5], [1, 1, 1, 1, 3]],
+    "some of the last": [[3, 4, 5], [0, 4, 4]],
+    "all": [[5, 5, 5, 5, 5], [5, 5, 5, 5, 5]],
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "softcap"), [("eager", 0.0), ("sdpa", 0.0), ("flash", 0.0), ("eager", 1.5), ("flash", 1.5)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", BLIND)
+def test_who_sees_nothing_gets_zeros(kernel: str, softcap: float, case: str, dtype: torch.dtype):
+    first = torch.tensor(BLIND[case])
+    b, s = first.shape
+    own = torch.arange(5 - s, 5)
+    seen = ((torch.arange(5) >= first[:, :, None]) & (torch.arange(5) <= own[:, None])).unsqueeze(1)
+    blind, unseen = ~seen[:, 0].any(2), ~seen[:, 0].any(1)
+    assert blind.any()
+    qkv = random_qkv(4, 2, s, 5, dtype, batch=b)
+    visible = Visible(first, 5)
+    out = ATTENTION[kernel](*qkv, visible, None, softcap)
+    assert out.isfinite().all()
+    assert (out.transpose(1, 2)[blind] == 0).all()
+    gradients = torch.autograd.grad((out * torch.randn(out.shape)).sum(), qkv)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[0].transpose(1, 2)[blind] == 0).all()
+    assert all((gradient.transpose(1, 2)[unseen] == 0).all() for gradient in gradients[1:])
+    if dtype == torch.float32 and case != "all":
+        exact = by_definition(*qkv, seen, None, softcap)
+        assert (out.double() - exact).abs().max() <= error_bound(kernel, *qkv, 8**-0.5)
+        assert_gradients_close(kernel, qkv, visible, seen, 8**-0.5, softcap)
+
+
+# Documents, window, tokens that are changed, and tokens that must not feel it.
+ISOLATED = {
+    "documents": ([[0, 0, 1, 1, -1]], None, [0, 1, 4], [2, 3]),
+    "a number that comes back": ([[0, 0, 1, 0, 0]], None, [0, 1, 2], [3, 4]),
+    "window": ([[0] * 6], 2, [0, 1], [3, 4, 5]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "softcap"), [("eager", 0.0), ("sdpa", 0.0), ("flash", 0.0), ("eager", 1.5), ("flash", 1.5)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("case", ISOLATED)
+def test_tokens_that_may_not_be_seen_change_no_bit(
+    kernel: str, softcap: float, case: str, value: float, dtype: torch.dtype
+):
+    """Of outputs and gradients; and what is changed includes the gradient that comes in there."""
+    documents, window, changed, own = ISOLATED[case]
+    t = len(documents[0])
+    visible = Visible.of_documents(torch.tensor(documents), t, window)
+    qkv = random_qkv(4, 2, t, t, dtype, batch=1)
+    weight = torch.randn(1, 4, t, 8, dtype=dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        out = ATTENTION[kernel](*qkv, visible, None, softcap)
+        return out, *torch.autograd.grad(out, qkv, weight)
+
+    before = run()
+    with torch.no_grad():
+        for x in (*qkv, weight):
+            x[:, :, changed] = value
+    for ours, expected in zip(run(), before, strict=True):
+        assert torch.equal(ours[:, :, own], expected[:, :, own])
+        assert not torch.equal(ours[:, :, changed], expected[:, :, changed])
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("place", PLACES)
+def test_every_step_is_what_its_name_says(place: str, softcap: float, dtype: torch.dtype):
+    """Each step in float64 from the numbers of the step before; rounded to the dtype once more than there (u)."""
+    visible, seen = at(place)
+    q, k, v = (x.detach() for x in random_for(seen, 6, 2, dtype))
+    steps = attention_steps(q, k, v, visible, 0.7, softcap)
+    u, t = torch.finfo(dtype).eps / 2, k.shape[2]
+    scores = torch.einsum("bhse,bhte->bhst", q.double(), of_heads(k, 6)) * 0.7
+    # Product and scaling are rounded to the dtype (2 u), and sum 8 terms in fp32 (8 u at most, if it is the dtype);
+    # division, tanh and product round 3 times more. The magnitude is |q| |k| before a cap.
+    size = 0.7 * (q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()).item()
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+        assert steps.scores_bhst.abs().max() <= softcap
+    assert (steps.scores_bhst.double() - scores).abs().max() <= 14 * u * size
+    assert steps.mask.dtype == torch.bool and torch.equal(steps.mask, seen)
+
+    shown = seen.expand(steps.scores_bhst.shape)
+    assert torch.equal(steps.masked_bhst[shown], steps.scores_bhst[shown])
+    assert (steps.masked_bhst[~shown] == torch.finfo(dtype).min).all()
+
+    p = steps.probabilities_bhst
+    assert p.dtype == dtype
+    assert (p[~shown] == 0).all() and (p[shown] > 0).all()
+    # Taken in fp32: difference (its magnitude below 2 size), exp, t additions, division; then one rounding to dtype.
+    relative = (2 * size + t + 8) * 2**-24 + u
+    exact = steps.masked_bhst.double().masked_fill(~seen, -torch.inf).softmax(-1)
+    # fp16 has numbers below 6e-5 only in steps of 2^-24.
+    assert ((p.double() - exact).abs() <= relative * exact + (2**-25 if dtype == torch.float16 else 0)).all()
+    assert (p.double().sum(-1) - 1).abs().max() <= relative + t * 2**-25
+
+    out = torch.einsum("bhst,bhte->bhse", p.double(), of_heads(v, 6))
+    assert (steps.out_bhse.double() - out).abs().max() <= (t + 2) * u * v.abs().max().item()
+    assert torch.equal(steps.out_bhse, eager(q, k, v, visible, 0.7, softcap))
+
+
+def test_steps_without_visible_are_causal():
+    q, k, v = (x.detach() for x in random_qkv(4, 2, 3, 5))
+    ours, expected = attention_steps(q, k, v), attention_steps(q, k, v, Visible.within(3, 5, None, q.device), 8**-0.5)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, expected, strict=True))
+    assert torch.equal(ours.out_bhse, eager(q, k, v))
+
+
+# --- the same bits as transformers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_kernels_equal_those_of_transformers(groups: int, dtype: torch.dtype):
+@pytest.mark.parametrize("place", PLACES)
+def test_kernels_equal_those_of_transformers(place: str, groups: int, dtype: torch.dtype):
     """The same casts in the same order: equal bit for bit, whatever the dtype."""
-    from types import SimpleNamespace
-
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    q, k, v = random_qkv(4, groups, 7, 7, dtype)
+    visible, seen = at(place)
+    q, k, v = random_for(seen, 4, groups, dtype)
+    for scale in (None, 0.7):
+        for softcap in (0.0, 1.5, 50.0):
+            expected = their_eager(q, k, v, seen, scale, softcap)
+            assert torch.equal(eager(q, k, v, visible, scale, softcap), expected)
+            assert torch.equal(attention_steps(q, k, v, visible, scale, softcap).out_bhse, expected)
     module = SimpleNamespace(num_key_value_groups=4 // groups, training=False, is_causal=True)
-    mask = causal_mask(7, 7, torch.device("cpu"))
-    for given in (mask, None):
-        assert torch.equal(eager(q, k, v, given), their_eager(q, k, v, mask[None, None]))
-    for given in (mask[None, None], None):
-        theirs, _ = sdpa_attention_forward(module, q, k, v, given, scaling=8**-0.5)  # pyright: ignore[reportArgumentType]
-        assert torch.equal(sdpa(q, k, v, given).transpose(1, 2), theirs)
+    theirs, _ = sdpa_attention_forward(module, q, k, v, seen, scaling=0.7)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(sdpa(q, k, v, visible, 0.7).transpose(1, 2), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("s", [1, 7])
+def test_kernels_without_visible_equal_those_of_transformers(s: int, groups: int, dtype: torch.dtype):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    q, k, v = random_qkv(4, groups, s, 7, dtype)
+    assert torch.equal(eager(q, k, v), their_eager(q, k, v, seen_by_rule([0] * 7, s)[None, None]))
+    module = SimpleNamespace(num_key_value_groups=4 // groups, training=False, is_causal=True)
+    # A single query's heads are packed as queries of their key/value head; transformers does so if there is a mask.
+    mask = torch.ones(1, 1, 1, 7, dtype=torch.bool) if s == 1 else None
+    theirs, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=8**-0.5)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(sdpa(q, k, v).transpose(1, 2), theirs)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (9, 3), (5, 1)])
@@ -235,13 +609,20 @@ def test_heads_are_repeated_as_in_transformers(heads: int, groups: int):
 # --- a shared prefix --------------------------------------------------------------------------------------------------
 
 
-def rows_separately(attend: Callable, prefix: int, rows: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The prefix alone, then each row with the prefix in front of it; the rows' own outputs one behind the other."""
-    outputs = [attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], None)]
-    start = prefix
+def rows_separately(
+    prefix: int, rows: Sequence[int], qkv: QKV, window: int | None, scale: float | None, softcap: float
+) -> Tensor:
+    """By the definition: the prefix alone, then each row with the prefix in front of it; the rows' own outputs one
+    behind the other."""
+
+    def alone(*slots: slice) -> Tensor:
+        q, k, v = (torch.cat([x[:, :, where] for where in slots], dim=2) for x in qkv)
+        n = q.shape[2]
+        return by_definition(q, k, v, seen_by_rule([0] * n, n, window), scale, softcap)
+
+    outputs, start = [alone(slice(prefix))], prefix
     for length in rows:
-        whole = [torch.cat([x[:, :, :prefix], x[:, :, start : start + length]], dim=2) for x in (q, k, v)]
-        outputs.append(attend(*whole, None)[:, :, prefix:])
+        outputs.append(alone(slice(prefix), slice(start, start + length))[:, :, prefix:])
         start += length
     return torch.cat(outputs, dim=2)
 
@@ -249,14 +630,18 @@ def rows_separately(attend: Callable, prefix: int, rows: Sequence[int], q: Tenso
 PREFIXES = [(5, (3, 3)), (5, (1, 4, 2)), (1, (6, 1)), (7, (2,)), (3, (1, 1, 1))]
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("kernel", "softcap"), [("sdpa", 0.0), ("flash", 0.0), ("flash", 1.5)])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 6])
 @pytest.mark.parametrize(("prefix", "rows"), PREFIXES)
-def test_after_prefix_equals_the_rows_separately(prefix: int, rows: tuple[int, ...], groups: int):
+def test_after_prefix_equals_the_rows_separately(
+    prefix: int, rows: tuple[int, ...], window: int | None, kernel: str, softcap: float
+):
     n = prefix + sum(rows)
-    qkv = random_qkv(4, groups, n, n, torch.float64, batch=1)
+    qkv = random_qkv(4, 2, n, n, torch.float64, batch=1)
     shared = SharedPrefix(prefix, rows)
-    ours = after_prefix(sdpa, shared, shared.slots(torch.device("cpu")), None, *qkv)
-    theirs = rows_separately(sdpa, prefix, rows, *qkv)
+    slots = shared.slots(torch.device("cpu"))
+    ours = after_prefix(ATTENTION[kernel], shared, slots, window, *qkv, scale=0.7, softcap=softcap)
+    theirs = rows_separately(prefix, rows, qkv, window, 0.7, softcap)
     assert ours.shape == theirs.shape == (1, 4, n, 8)
     assert (ours - theirs).abs().max() <= 1e-12
     weight = torch.randn(ours.shape, dtype=torch.float64)
@@ -266,15 +651,16 @@ def test_after_prefix_equals_the_rows_separately(prefix: int, rows: tuple[int, .
         assert (mine - other).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize(("prefix", "rows"), PREFIXES)
-def test_after_prefix_written_out(prefix: int, rows: tuple[int, ...]):
-    """`eager` takes its softmax in fp32, so it is compared at fp32's precision."""
+def test_after_prefix_written_out(prefix: int, rows: tuple[int, ...], softcap: float, groups: int):
     n = prefix + sum(rows)
-    qkv = random_qkv(4, 2, n, n, batch=1)
+    qkv = random_qkv(4, groups, n, n, batch=1)
     shared = SharedPrefix(prefix, rows)
-    ours = after_prefix(eager, shared, shared.slots(torch.device("cpu")), None, *qkv)
-    theirs = rows_separately(eager, prefix, rows, *qkv)
-    assert (ours - theirs).abs().max() <= FP32
+    ours = after_prefix(eager, shared, shared.slots(torch.device("cpu")), None, *qkv, softcap=softcap)
+    theirs = rows_separately(prefix, rows, qkv, None, None, softcap)
+    assert (ours.double() - theirs).abs().max() <= error_bound("eager", *qkv, 8**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -282,102 +668,3 @@ def test_after_prefix_written_out(prefix: int, rows: tuple[int, ...]):
 )
 def test_slots(rows: tuple[int, ...], expected: list[int]):
     assert SharedPrefix(9, rows).slots(torch.device("cpu")).tolist() == expected
-
-
-# --- RMS normalization ------------------------------------------------------------------------------------------------
-
-
-def normalized(x: Tensor, eps: float) -> Tensor:
-    """The formula, for autograd."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-@pytest.mark.parametrize("eps", [1e-5, 0.1])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (2, 3, 65), (2, 5, 576)])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_rms_gradient_equals_autograds_in_float64(shape: tuple[int, ...], scale: float, eps: float):
-    """Ours in fp32 against autograd in float64 on the same numbers.
-
-    With d terms in each mean, r is off by (d/2 + 4) u, n by (d/2 + 5) u; the mean of dn n adds d u of the mean of
-    |dn n|, and a few roundings more: (2 d + 20) u of r (|dn| + |n| mean |dn n|) covers all of them.
-    """
-    x, dn = scale * torch.randn(shape), torch.randn(shape)
-    ours_x, exact_x = x.clone().requires_grad_(), x.double().requires_grad_()
-    ours, exact = NormalizeRMS.apply(ours_x, eps), normalized(exact_x, eps)
-    (grad,) = torch.autograd.grad(ours, ours_x, dn)
-    (exact_grad,) = torch.autograd.grad(exact, exact_x, dn.double())
-    assert grad.dtype == torch.float32
-    u = (2 * shape[-1] + 20) * 2**-24
-    with torch.no_grad():
-        r = (exact_x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        assert ((ours - exact).abs() <= u * exact.abs()).all()
-        size = r * (dn.abs() + exact.abs() * (dn * exact).abs().mean(-1, keepdim=True))
-        assert ((grad - exact_grad).abs() <= u * size).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rms_in_16_bits_is_fp32_rounded_once(dtype: torch.dtype):
-    x, dn = torch.randn(4, 65, dtype=dtype), torch.randn(4, 65, dtype=dtype)
-    half, full = x.clone().requires_grad_(), x.float().requires_grad_()
-    ours, expected = NormalizeRMS.apply(half, 1e-5), NormalizeRMS.apply(full, 1e-5)
-    assert torch.equal(ours, expected.to(dtype))
-    (grad,) = torch.autograd.grad(ours, half, dn)
-    (expected_grad,) = torch.autograd.grad(expected, full, dn.float())
-    assert torch.equal(grad, expected_grad.to(dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_equals_transformers(dtype: torch.dtype):
-    ours, theirs = RMSNorm(65, 1e-5).to(dtype), llama.LlamaRMSNorm(65, 1e-5).to(dtype)
-    with torch.no_grad():
-        ours.weight.copy_(torch.rand(65) + 0.5)
-        theirs.weight.copy_(ours.weight)
-    x = torch.randn(2, 7, 65, dtype=dtype)
-    assert torch.equal(ours(x), theirs(x))
-
-
-def test_rms_of_zeros_is_zero_and_has_a_gradient():
-    x = torch.zeros(2, 8, requires_grad=True)
-    y = NormalizeRMS.apply(x, 1e-4)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(y, torch.zeros(2, 8))
-    assert torch.allclose(grad, torch.full((2, 8), 100.0))  # 1 / sqrt(eps)
-
-
-def test_rms_keeps_one_number_a_row_for_the_backward_pass():
-    """Left to autograd, fp32 copies of x would be kept: this is why NormalizeRMS exists."""
-    x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        NormalizeRMS.apply(x, 1e-5)
-    assert sorted(t.numel() for t in saved) == [16, 16 * 64]
-    assert any(t.data_ptr() == x.data_ptr() for t in saved)
-
-
-# --- the gate of the MLP ----------------------------------------------------------------------------------------------
-
-
-def test_gate_gradient_is_that_of_finite_differences():
-    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(GateAndMultiply.apply, (gate, up))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gate_equals_autograd(dtype: torch.dtype):
-    """The same operations in the same order, only less is kept for them: equal bit for bit."""
-    gate, up = (torch.randn(4, 65, dtype=dtype, requires_grad=True) for _ in range(2))
-    dy = torch.randn(4, 65, dtype=dtype)
-    ours, theirs = GateAndMultiply.apply(gate, up), torch.nn.functional.silu(gate) * up
-    assert torch.equal(ours, theirs)
-    for mine, other in zip(
-        torch.autograd.grad(ours, (gate, up), dy), torch.autograd.grad(theirs, (gate, up), dy), strict=True
-    ):
-        assert torch.equal(mine, other)
-
-
-def test_gate_keeps_its_two_inputs():
-    gate, up = (torch.randn(4, 64, requires_grad=True) for _ in range(2))
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        GateAndMultiply.apply(gate, up)
-    assert {t.data_ptr() for t in saved} == {gate.data_ptr(), up.data_ptr()}

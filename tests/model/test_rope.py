@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minift.model.config import ModelConfig
-from minift.model.rope import apply_rope, cos_sin, rope_frequencies
+from minift.model.rope import apply_rope, attention_factor, cos_sin, rope_frequencies, rotation
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
@@ -32,9 +32,24 @@ ROPES: dict[str, dict[str, Any]] = {
     "llama3": LLAMA3,
     "llama3.2": LLAMA3 | {"factor": 32.0},
     "llama3, short": LLAMA3 | {"original_max_position_embeddings": 64, "high_freq_factor": 2.0},
-}
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    "yarn, all settings": {
+        "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 24.0,
+        "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False,
+    },
+    "yarn, given factor": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5,
+    },
+}  # fmt: skip
+PLAIN: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 # Position 0, neighbours, around 256 (where bf16 stops counting in ones), and far away.
 POSITIONS = torch.tensor([[0, 1, 2, 3, 255, 256, 257, 258], [0, 0, 1000, 1001, 8191, 8192, 100000, 131071]])
+
+
+def signed(sin: Tensor) -> Tensor:
+    """Their sines as ours are kept: negative in the first half."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
 
 
 def theirs_for(rope: dict[str, Any], head_dim: int) -> Any:
@@ -55,19 +70,60 @@ def test_frequencies_equal_transformers(name: str, head_dim: int, theta: float):
     assert ours.dtype == torch.float32
     assert ours.shape == (head_dim // 2,)
     assert torch.equal(ours, theirs.inv_freq)
-    assert theirs.attention_scaling == 1.0
+    assert attention_factor(rope) == theirs.attention_scaling
+    assert (theirs.attention_scaling == 1.0) == (not name.startswith("yarn"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ROPES)
 def test_cosines_and_sines_equal_transformers(name: str, dtype: torch.dtype):
     rope = ROPES[name] | {"rope_theta": 10000.0}
-    ours = cos_sin(POSITIONS, rope_frequencies(rope, 64), dtype)
-    theirs = theirs_for(rope, 64)(torch.empty(0, dtype=dtype), POSITIONS)
-    for mine, other in zip(ours, theirs, strict=True):
+    ours = rotation(rope, 64, POSITIONS, dtype)
+    cos, sin = theirs_for(rope, 64)(torch.empty(0, dtype=dtype), POSITIONS)
+    for mine, other in zip(ours, (cos, signed(sin)), strict=True):
         assert mine.dtype == other.dtype == dtype
         assert mine.shape == (2, 1, 8, 64)
         assert torch.equal(mine.squeeze(1), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"factor": 32.0}, {"attention_factor": 1.25}, {"factor": 0.5}])
+@pytest.mark.parametrize("partial", [1.0, 0.75])
+@pytest.mark.parametrize("longest", [4095, 4096])
+def test_longrope_equals_transformers(longest: int, partial: float, settings: dict[str, float], dtype: torch.dtype):
+    """The last position within the trained context, and the first beyond, which changes all the others, too."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    pairs = int(32 * partial)
+    rope: dict[str, Any] = {
+        "rope_type": "longrope", "short_factor": [1 + i / 50 for i in range(pairs)],
+        "long_factor": [1 + i * i / 7 for i in range(pairs)], "partial_rotary_factor": partial,
+    } | settings  # fmt: skip
+    raw = {
+        "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 131072, "rope_theta": 10000.0,
+        "original_max_position_embeddings": 4096, "vocab_size": 8, "num_hidden_layers": 1, "intermediate_size": 8,
+    }  # fmt: skip
+    theirs = Phi3RotaryEmbedding(Phi3Config(**raw, rope_parameters=dict(rope), pad_token_id=None))
+    config = ModelConfig.from_dict(raw | {"model_type": "phi3", "rope_scaling": rope})
+    positions = torch.tensor([[0, 1, 5, longest]])
+    ours = rotation(config.rope, 64, positions, dtype)
+    cos, sin = theirs(torch.empty(0, dtype=dtype), positions)
+    for mine, other in zip(ours, (cos, signed(sin)), strict=True):
+        assert mine.shape == (1, 1, 4, 2 * pairs)
+        assert torch.equal(mine.squeeze(1), other)
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_only_the_first_part_of_a_head_turns(width: int):
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+    x = torch.randn(2, 3, 8, 16)
+    cos, sin = rotation(PLAIN | {"partial_rotary_factor": width / 16}, 16, POSITIONS, torch.float32)
+    ours = apply_rope(x, cos, sin)
+    theirs, _ = apply_rotary_pos_emb(x, x, cos.squeeze(1), signed(sin).squeeze(1))
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours[..., width:], x[..., width:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,7 +132,7 @@ def test_turning_equals_transformers(heads: int, dtype: torch.dtype):
     x = torch.randn(2, heads, 8, 64, dtype=dtype)
     cos, sin = cos_sin(POSITIONS, rope_frequencies({"rope_type": "default", "rope_theta": 10000.0}, 64), dtype)
     ours = apply_rope(x, cos, sin)
-    theirs, _ = llama.apply_rotary_pos_emb(x, x, cos.squeeze(1), sin.squeeze(1))
+    theirs, _ = llama.apply_rotary_pos_emb(x, x, cos.squeeze(1), signed(sin).squeeze(1))
     assert ours.dtype == dtype
     assert torch.equal(ours, theirs)
 
@@ -100,7 +156,7 @@ def test_llama3_leaves_fast_pairs_alone_and_slows_the_slow_ones(name: str):
 def angles(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     """As `cos_sin`, in float64 throughout."""
     angle = positions[:, None, :, None].double() * frequency.double()
-    return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+    return torch.cat([angle, angle], -1).cos(), signed(torch.cat([angle, angle], -1).sin())
 
 
 def test_positions_far_out_keep_their_fp32_angle_in_bf16():

@@ -1,7 +1,7 @@
 """Numbers of Godoy's book (chapters 0, 2 and 3 and the seminar's notes) that follow from shapes and formats.
 
-The models are the real configurations, built by transformers on the meta device: shapes and dtypes, no memory, no
-weights. Quantizing them there gives the same bytes as quantizing the real ones.
+The models are the real configurations on the meta device: shapes and dtypes, no memory, no weights. Quantizing them
+there gives the same bytes as quantizing the real ones.
 
 `get_memory_footprint` counts parameters and buffers, without the quantization state; in the book's transformers 4 each
 Phi-3 layer also held a rotary table of 48 fp32 numbers.
@@ -14,6 +14,8 @@ from torch import nn
 
 import minift
 from minift.adapters.inject import count_parameters
+from minift.model.config import ModelConfig
+from minift.model.decoder import CausalLM
 from minift.quant import QuantConfig, QuantizedLinear, codebook, quantize_4bit, swap_linears
 from minift.study.memory import footprint, module_table
 
@@ -31,7 +33,7 @@ OPT_LINEARS = 303_038_464
 
 def on_meta(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        return CausalLM(ModelConfig.from_dict(config.to_dict())).to(dtype)
 
 
 def phi3(quantize: QuantConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -49,9 +51,8 @@ def opt(quantize: QuantConfig | None = None, dtype: torch.dtype = torch.float32)
 
 
 def book_footprint(model: nn.Module) -> int:
-    """What get_memory_footprint of the book's versions gives: no quantization state, no rotary tables."""
-    tables = sum(b.nbytes for name, b in model.named_buffers() if "inv_freq" in name)
-    return footprint(module_table(model), quant_state=False) - tables
+    """What get_memory_footprint gives: no quantization state."""
+    return footprint(module_table(model), quant_state=False)
 
 
 # --- footprints -------------------------------------------------------------------------------------------------------
