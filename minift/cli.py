@@ -72,6 +72,12 @@ def model_options(default: str | None = "smollm2-135m-instruct") -> Callable:
     return lambda command: _apply(options, command)
 
 
+def attention_option(command: Callable) -> Callable:
+    """--attention."""
+    text = "How attention is computed; by default sdpa, and eager for models that cap their scores."
+    return click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"]), help=text)(command)
+
+
 def train_options(**defaults: Any) -> Callable:
     """An option for every field of TrainConfig; `defaults` replaces some of its defaults."""
     from minift.train.config import TrainConfig
@@ -170,10 +176,13 @@ def demo(model: str, **options: Any) -> int:
 
 @cli.command()
 @model_options()
-@click.option("--data", required=True, help="JSON Lines file; rows of messages, prompt and completion, or text.")
+@click.option(
+    "--data", required=True, help="JSON Lines, JSON, CSV or Parquet; rows of messages, prompt and completion, ..."
+)
+@attention_option
 @lora_options
 @train_options()
-def train(model: str, data: str, **options: Any) -> int:
+def train(model: str, data: str, attention: str | None, **options: Any) -> int:
     """Fine-tune a model with LoRA on your own rows."""
     import minift
     from minift.adapters.inject import count_parameters
@@ -183,7 +192,7 @@ def train(model: str, data: str, **options: Any) -> int:
     config = minift.TrainConfig(**options)
     rows = minift.read_dataset(data)
     tokenizer = minift.load_tokenizer(model)
-    loaded = minift.load_model(model, *machine)
+    loaded = minift.load_model(model, *machine, attention)
     wrapped = minift.add_lora(loaded, lora)
     trained, total = count_parameters(loaded)
     click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
@@ -210,7 +219,16 @@ def train(model: str, data: str, **options: Any) -> int:
 @click.option("--generation-config/--no-generation-config", default=True,
               help="Take what is not given here from the model's generation_config.json.")  # fmt: skip
 @click.option("--memory/--no-memory", default=True, help="Let the model see the earlier turns of the conversation.")
-def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: int, memory: bool, **options: Any) -> int:
+@attention_option
+def chat(
+    model: str,
+    adapter: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    memory: bool,
+    attention: str | None,
+    **options: Any,
+) -> int:
     """Talk to a model, with or without an adapter. Ends with an empty line or Ctrl-D.
 
     The adapter was trained on the quantized weights, so these are used here, too (4-bit ones decoded once, for speed).
@@ -223,7 +241,7 @@ def chat(model: str, adapter: str | None, system: str | None, max_new_tokens: in
     given = {name: value for name, value in options.items() if value is not None}
     sampling = Sampling(**given)  # before the model is loaded, so that a wrong value is said at once
     tokenizer = minift.load_tokenizer(model)
-    loaded = minift.load_model(model, *machine)
+    loaded = minift.load_model(model, *machine, attention)
     if from_file:
         sampling = replace(Sampling.of(loaded.config), **given)
     if adapter:

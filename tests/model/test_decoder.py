@@ -8,6 +8,7 @@ Tolerances: see tests/checkpoints.py.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from checkpoints import (
     random_ids,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minift
 from minift.model.attention import SharedPrefix
@@ -34,6 +36,7 @@ from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.generate import generate_tokens
 from minift.quant import Linear4bit
+from minift.study.live import LiveBytes
 
 # With head_dim 16 and theta 10000 the wavelengths are 6, 20, 63 (left alone), 199 (on the ramp), 628, ... (slowed).
 LLAMA3 = {
@@ -173,6 +176,33 @@ def test_gradient_checkpointing_changes_no_bit(folders: dict[str, Path], family:
         recomputed = gradients(ours, ours.logits(ours.hidden(ids, gradient_checkpointing=how)).square().mean())
         for name, value in kept.items():
             assert torch.equal(value, recomputed[name]), name
+
+
+class Counts(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_all_but_products_again(folders: dict[str, Path]):
+    """Memory between the two others, and not one matrix product more than without."""
+    ours, ids = minift.load_model(folders["llama"], attention="sdpa"), torch.randint(3, 100, (4, 128))
+    products, others, peak = {}, {}, {}
+    for how in (False, "selective", True):
+        with LiveBytes() as live, Counts() as counts:
+            ours.hidden(ids, gradient_checkpointing=how).square().mean().backward()
+        ours.zero_grad(set_to_none=True)
+        products[how] = counts.of[torch.ops.aten.mm.default]
+        others[how], peak[how] = counts.of[torch.ops.aten.rsqrt.default], live.peak
+    assert products[False] == products["selective"] < products[True]
+    assert others[False] < others["selective"] == others[True]
+    assert peak[False] > peak["selective"] > peak[True]
 
 
 # --- padding, packing, shared prefixes --------------------------------------------------------------------------------
