@@ -25,10 +25,13 @@ from minift.data.collate import Batch, collate, flatten
 from minift.data.encode import Example, encode
 from minift.data.formats import read_dataset
 from minift.data.packing import pack
+from minift.data.report import examine
+from minift.data.templates import use_template
 from minift.data.tokenizer import Tokenizer, load_tokenizer
 from minift.model.decoder import CausalLM
 from minift.model.generate import Sampling, generate
 from minift.model.load import load_model
+from minift.model.resize import resize_embeddings
 from minift.model.save import save_model
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
@@ -53,6 +56,7 @@ __all__ = [
     "add_lora",
     "collate",
     "encode",
+    "examine",
     "flatten",
     "generate",
     "load_adapter",
@@ -61,7 +65,9 @@ __all__ = [
     "merge_lora",
     "pack",
     "read_dataset",
+    "resize_embeddings",
     "save_adapter",
     "save_model",
     "train",
+    "use_template",
 ]

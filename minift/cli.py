@@ -196,7 +196,7 @@ def train(model: str, data: str, attention: str | None, **options: Any) -> int:
     wrapped = minift.add_lora(loaded, lora)
     trained, total = count_parameters(loaded)
     click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
-    result = minift.train(loaded, tokenizer, rows, config)
+    result = minift.train(loaded, tokenizer, rows, config, click.echo)
     if not result.finished:
         return _say_stopped(result, "minift train")
     picture = loss_curve(result.steps, result.output_dir / "loss.png", f"{model}: training loss")
@@ -267,17 +267,42 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
+def data_options(command: Callable) -> Callable:
+    """What `inspect` asks about a data set; the settings that decide what is trained are those of `train`."""
+    from minift.train.config import TrainConfig
+
+    settings = {setting.name: setting for setting in fields(TrainConfig)}
+    options = [
+        click.option("--data", help="Look at this data set instead: JSON Lines, JSON, CSV or Parquet."),
+        click.option("--model", default="smollm2-135m-instruct", help="With --data: whose tokenizer and template."),
+        click.option("--rows", default=3, type=click.IntRange(min=0), help="With --data: how many rows to show."),
+        click.option("--html", help="With --data: write the same to this file, to be opened in a browser."),
+    ]
+    for name in ("loss_on", "max_length", "packing", "batch_size"):
+        setting = settings[name]
+        choices, text = setting.metadata["choices"], f"With --data: {setting.metadata['help']}"
+        kind = click.Choice(choices) if choices else type(setting.default)
+        flag = "--" + name.replace("_", "-")
+        options.append(click.option(flag, name, type=kind, default=setting.default, help=text))
+    return _apply(options, command)
+
+
 @cli.command()
-@click.argument("what")
+@click.argument("what", required=False)
 @click.option("--quantize", type=click.Choice([*FORMATS, "none"]), default="none", help="As it would be loaded.")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPE_NAMES]), default="auto",
               help="As it would be loaded; auto is the checkpoint's own.")  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="A row for each layer instead of one for all alike.")
-def inspect(what: str, quantize: str, dtype: str, every: bool) -> None:
+@data_options
+@click.pass_context
+def inspect(context: click.Context, what: str | None, quantize: str, dtype: str, every: bool, **options: Any) -> None:
     """Table of the modules of WHAT, a model (name or folder) or an adapter folder: shapes, types, bytes.
 
-    Reads headers only, so it is instant for any size.
+    Reads headers only, so it is instant for any size. With --data: what of a data set will be trained, token by token.
     """
+    _check_inspected(context, what, options)
+    if what is None:
+        return _inspect_data(**options)
     from minift.adapters.files import CONFIG
     from minift.numerics.dtypes import DTYPES
     from minift.sources.resolve import resolve
@@ -286,6 +311,30 @@ def inspect(what: str, quantize: str, dtype: str, every: bool) -> None:
     folder = Path(what) if (Path(what) / CONFIG).is_file() else resolve(what)
     rows = folder_table(folder, None if quantize == "none" else quantize, DTYPES.get(dtype))
     click.echo(format_table(rows if every else group_layers(rows)))
+
+
+def _check_inspected(context: click.Context, what: str | None, of_data: dict[str, Any]) -> None:
+    """Either a model or a data set, and no option of the other."""
+    if what is None and of_data["data"] is None:
+        raise click.UsageError("Missing argument 'WHAT' (or --data).", context)
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    foreign = given & (of_data.keys() if of_data["data"] is None else context.params.keys() - of_data.keys())
+    if foreign:
+        names = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in foreign)
+        kind = "only goes with" if of_data["data"] is None else "does not go with"
+        raise click.UsageError(f"{', '.join(names).replace('what', 'WHAT')} {kind} --data.", context)
+
+
+def _inspect_data(data: str, model: str, rows: int, html: str | None, **settings: Any) -> None:
+    import minift
+    from minift.study.dataset import look_at
+
+    config = minift.TrainConfig(**settings)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    look = look_at(minift.load_tokenizer(model), minift.read_dataset(data), config, rows)
+    click.echo(look.format(color))
+    if html is not None:
+        click.echo(f"Saved {look.save_html(html)}")
 
 
 @cli.command()

@@ -34,10 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors
 
 from minift.atomic import atomic_file
 from minift.data.chat import Message, render
+from minift.data.controls import Controls, encode_batch
 from minift.sources.resolve import resolve
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -84,6 +85,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = ids.get("bos_token"), ids.get("eos_token"), ids.get("unk_token")
         self.pad_id = ids.get("pad_token", self.eos_id)
         self.template = _template(folder, self._config)
+        self._controls: Controls | None = None
 
     def __len__(self) -> int:
         """Number of tokens. The model may have more rows, never fewer (model/resize.py)."""
@@ -112,6 +114,7 @@ class Tokenizer:
         for token in added:  # those that are known keep their other flags: Phi-3's swallow the space behind them
             token.special = token.special or special
         self._tokenizer.add_tokens(added)
+        self._controls = None
         ids = (self._tokenizer.token_to_id(token) for token in tokens)
         return [index for index in ids if index is not None]
 
@@ -132,19 +135,51 @@ class Tokenizer:
         except TypeError:
             raise ValueError("the text is not valid Unicode: it cannot be written as UTF-8") from None
 
+    def encode_with_offsets(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[Encoding]:
+        """Encode many texts at once. Each result has `.ids`, and `.offsets`: (start, end) of each token in characters.
+
+        Several tokens of one character (bytes of an emoji) have the same offsets; a token that swallows the spaces
+        beside it has them within its own.
+
+        Raises:
+            ValueError: text that is not valid Unicode.
+        """
+        return encode_batch(self._tokenizer, texts, add_special_tokens)
+
+    @property
+    def controls(self) -> Controls:
+        """The special tokens, and a way to keep users from writing them: see controls.py."""
+        if self._controls is None:
+            self._controls = Controls(
+                self._tokenizer, list(dict.fromkeys([*self.special_tokens, *self.special.values()]))
+            )
+        return self._controls
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
         """Messages to the text that the model reads.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: go on with the assistant's header, where the model goes on.
+            tools: JSON schemas of functions, for templates that offer them.
+            variables: whatever else the template knows, such as `enable_thinking`.
 
         Raises:
             ValueError: the checkpoint has no template, or it refuses the messages.
         """
         if self.template is None:
             raise ValueError("this tokenizer has no chat template; use an instruct checkpoint, or rows of plain text")
-        return render(self.template, messages, add_generation_prompt, **self.special)
+        return render(self.template, messages, add_generation_prompt, tools=tools, **(self.special | variables))
 
     def save(self, folder: str | Path) -> Path:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which AutoTokenizer reads to equal ids.

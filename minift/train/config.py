@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minift.data.encode import LOSS_ON, LossOn
+from minift.data.packing import STRATEGIES
+from minift.data.report import Problems
 from minift.optim.schedule import SCHEDULES
 
 OPTIMIZERS = ("adamw8bit", "adamw")
-PACKING = ("none", "bfd", "wrapped")
+PACKING = ("none", *STRATEGIES)
 LEAST = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "weight_decay": 0,
     "max_grad_norm": 0, "max_length": 2, "seed": 0, "save_every": 0, "log_every": 1,
@@ -38,7 +40,15 @@ class TrainConfig:
         "completion", "Train on all tokens, the completion (last assistant turn), or every assistant turn.", LOSS_ON
     )
     max_length: int = _setting(1024, "Cut rows after this many tokens; with packing, the length of a packed row.")
-    packing: str = _setting("none", "Put several documents in one row: whole (bfd) or cut (wrapped).", PACKING)
+    problems: Problems = _setting(
+        "stop",
+        "What rows that cannot be trained on, or lose an answer when cut, do: stop the run, or are left out (drop).",
+        ("stop", "drop"),
+    )
+    packing: str = _setting(
+        "none", "Put several documents in one row: whole (bfd), long ones in pieces (bfd_split), or wrapped.", PACKING
+    )
+    group_by_length: bool = _setting(False, "Batch rows of similar length together, so that less is padding.")
     share_prefix: bool = _setting(
         True, "Compute the beginning that all rows of a micro-batch share only once (exact; not with dropout)."
     )
@@ -56,6 +66,8 @@ class TrainConfig:
         object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for setting in fields(self):
             self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
+        if self.group_by_length and not self.shuffle:
+            raise ValueError("group_by_length draws batches in random order: leave shuffle on, or group_by_length off")
 
     def _check(self, name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
         """Among the choices, of the default's type (a whole number is a fine float), finite and in range."""

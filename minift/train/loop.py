@@ -22,10 +22,12 @@ import torch
 from minift.adapters.files import save_adapter
 from minift.adapters.inject import lora_layers
 from minift.atomic import atomic_file
+from minift.data.batching import by_length, order
 from minift.data.collate import Batch, collate, share_prefix, stack
-from minift.data.encode import Example, encode
+from minift.data.encode import Example
 from minift.data.formats import Row
 from minift.data.packing import pack
+from minift.data.report import DataReport, examine
 from minift.data.tokenizer import Tokenizer
 from minift.heap import give_memory_back
 from minift.model.decoder import CausalLM
@@ -70,13 +72,21 @@ class TrainResult:
     adapter: Path | None = None
 
 
-def train(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig | None = None) -> TrainResult:
+def train(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    config: TrainConfig | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> TrainResult:
     """Train whatever in the model requires a gradient.
 
     Args:
         model: for LoRA, after `add_lora`.
         tokenizer: the model's.
         rows: see minift/data/formats.py.
+        config: settings; None is the defaults.
+        say: told, before the first step, what the rows will train (`print`, for instance).
 
     Raises:
         ValueError: a bad setting or row, nothing to train, or a checkpoint of another run.
@@ -86,7 +96,9 @@ def train(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Row], config: Tr
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("nothing to train: no parameter requires a gradient; call add_lora first")
-    examples = encode_rows(tokenizer, rows, config)
+    data = examine_rows(tokenizer, rows, config)
+    say(data.format())
+    examples = data.examples
     # With dropout, rows that share a prefix would also share which of its numbers are dropped.
     dropout = any(c.dropout for layer in lora_layers(model).values() for c in layer.configs.values())
     share = config.share_prefix and not dropout
@@ -151,11 +163,11 @@ def _run(
                 save()
 
 
-def encode_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig) -> list[Example]:
-    """Encode every row; an error names the row by its number, counted from 1."""
-    # A packed row is cut to length by `pack`; wrapping goes on with the rest of a document in the next row.
-    cut = None if config.packing == "wrapped" else config.max_length
-    return [encode(tokenizer, row, config.loss_on, cut, where=f"row {n}") for n, row in enumerate(rows, start=1)]
+def examine_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig) -> DataReport:
+    """Encode every row, and stop where a row would train nothing (see data/report.py)."""
+    # A packed row is cut to length by `pack`; these two go on with the rest of a document in another row.
+    cut = None if config.packing in ("wrapped", "bfd_split") else config.max_length
+    return examine(tokenizer, rows, config.loss_on, cut, problems=config.problems)
 
 
 def prepare(examples: Sequence[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
@@ -188,20 +200,28 @@ class Plan:
         per_step = config.batch_size * config.gradient_accumulation
         self.steps_per_epoch = -(-len(rows) // per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self._epoch, self._groups = -1, []
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of step number `step`, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = list(range(len(self.rows)))
-        if self.config.shuffle:
-            generator = torch.Generator().manual_seed(self.config.seed + epoch)
-            order = torch.randperm(len(self.rows), generator=generator).tolist()
-        size = self.config.batch_size
-        first = within * size * self.config.gradient_accumulation
-        chosen = order[first : first + size * self.config.gradient_accumulation]
-        groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        first = within * self.config.gradient_accumulation
+        groups = self._batches(epoch)[first : first + self.config.gradient_accumulation]
         batches = [stack([self.rows[index] for index in group], self.pad_id) for group in groups]
         return [share_prefix(batch) for batch in batches] if self.share else batches
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """The rows of every micro-batch of an epoch; kept until another epoch is asked for."""
+        if self._epoch != epoch:
+            config, count = self.config, len(self.rows)
+            if config.group_by_length:
+                lengths = [row.input_ids_bs.shape[1] for row in self.rows]
+                groups = by_length(lengths, config.batch_size, config.seed, epoch)
+            else:
+                drawn = order(count, config.seed, epoch) if config.shuffle else list(range(count))
+                groups = [drawn[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
+            self._epoch, self._groups = epoch, groups
+        return self._groups
 
 
 def write_log(path: Path, config: TrainConfig, model_name: str, steps: Sequence[StepRecord]) -> None:

@@ -1,12 +1,25 @@
 """Chat templates: ours rendered against transformers' apply_chat_template, template by template; and the sandbox."""
 
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
+import numpy as np
 import peers
 import pytest
+import trl
+from transformers.utils import chat_template_utils
 
-from minift.data.chat import render
+from minift.data import chat
+from minift.data.chat import compile_template, plain, render, render_marked
 
 LLAMA3 = (  # header and end tokens, trimmed content, the begin token glued to the first turn
     "{% set loop_messages = messages %}"
@@ -186,41 +199,17 @@ def test_a_template_that_fails_while_rendering_is_a_value_error(source: str):
         render(source, [user("a")], False)
 
 
-# The classic ways out of a template: through a value's class, a function's globals, a generator's frame, a string's
-# format method.
-ESCAPES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__base__.__subclasses__() }}",
-    "{{ raise_exception.__globals__['__builtins__'] }}",
-    "{{ strftime_now.__globals__['json'] }}",
-    "{{ lipsum.__globals__['os'].popen('true').read() }}",
-    "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
-    "{{ (messages | map('upper')).gi_frame.f_globals['os'] }}",
-    "{{ messages | map(attribute='__class__') | map(attribute='__mro__') | list }}",
-    "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "{{ ''['__class__']['__mro__'] }}",
-    "{{ (''|attr('__class__'))|attr('__mro__') }}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update(role='system') }}",
-    "{{ messages[0].clear() }}",
-]
-
-
-@pytest.mark.parametrize("source", ESCAPES)
-def test_the_sandbox_gives_nothing_away(source: str):
-    """Either refused, or empty: Jinja prints a forbidden attribute that nobody uses as nothing."""
-    messages = [user("a")]
-    try:
-        text = render(source, messages, False)
-    except ValueError as error:
-        assert "template refuses" in str(error)
-    else:
-        assert text in ("", "[]")
-    assert messages == [user("a")]
-
-
-@pytest.mark.parametrize("source", ESCAPES[:6] + ESCAPES[8:9])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception.__globals__['__builtins__'] }}",
+        "{{ strftime_now.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+    ],
+)
 def test_python_attributes_are_refused_by_name(source: str):
+    """All the ways out are in test_sandbox.py."""
     with pytest.raises(ValueError, match=r"unsafe|undefined"):
         render(source, [user("a")], False)
 
@@ -228,3 +217,204 @@ def test_python_attributes_are_refused_by_name(source: str):
 def test_content_is_never_run_as_a_template():
     text = "{{ raise_exception('no') }}{% for x in y %}"
     assert render("{{ messages[0].content }}", [user(text)], False) == text
+
+
+# --- the templates that TRL ships: long programs of many authors -----------------------------------------------------
+
+SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds <two> numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "number", "description": "one"}, "b": {"type": ["number", "null"]}},
+            "required": ["a"],
+        },
+    },
+}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "ü"}}}
+CHATS = {
+    **CONVERSATIONS,
+    "reasoning": [user("a"), assistant("b") | {"reasoning": "because"}, user("c"), assistant("d") | {"thinking": "so"}],
+    "tools": [
+        user("1 + 1?"),
+        assistant("") | {"tool_calls": [CALL]},
+        {"role": "tool", "name": "add", "content": "2"},
+        assistant("2"),
+    ],
+    "parts": [
+        user("") | {"content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]},
+        assistant("") | {"content": [{"type": "text", "text": "A cat."}]},
+    ],
+}
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a rendering gives; None if it refuses."""
+    try:
+        return call()
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_templates_equal_transformers(path: Path):
+    """Text and marks, with and without tools and prompt; what transformers' rendering refuses, ours refuses."""
+    source, rendered = path.read_text(encoding="utf-8"), 0
+    special: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
+    choices: list[Any] = [None, [TOOL]]
+    for messages in CHATS.values():
+        for tools in choices:
+            for prompt in (False, True):
+
+                def theirs() -> Any:
+                    texts, spans = chat_template_utils.render_jinja_template(
+                        [messages],  # noqa: B023 (called at once)
+                        tools=tools,  # noqa: B023
+                        chat_template=source,
+                        return_assistant_tokens_mask=True,
+                        add_generation_prompt=prompt,  # noqa: B023
+                        **special,
+                    )
+                    return texts[0], [tuple(span) for span in spans[0]]
+
+                expected = outcome(theirs)
+                assert outcome(lambda: render_marked(source, messages, prompt, tools, **special)) == expected  # noqa: B023
+                rendered += expected is not None
+    assert rendered >= 4
+
+
+# --- marks -----------------------------------------------------------------------------------------------------------
+
+
+def test_marks_are_the_assistants_words():
+    text, spans = render_marked(peers.CHATML_GENERATION, CONVERSATIONS["long"])
+    answers = [message["content"] for message in CONVERSATIONS["long"] if message["role"] == "assistant"]
+    assert [text[start:end] for start, end in spans] == [f"{answer}<|im_end|>" for answer in answers]
+
+
+def test_a_template_without_blocks_has_no_marks():
+    assert render_marked("{{ messages[0].content }}", [user("a")]) == ("a", [])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "ab{% generation %}{% endgeneration %}c",
+        "a{% generation %}b{% generation %}c{% endgeneration %}d{% endgeneration %}e",
+        "a{% set x %}b{% generation %}c{% endgeneration %}{% endset %}d{{ x }}",
+        "a{% macro m() %}b{% generation %}c{% endgeneration %}{% endmacro %}{{ m() }}d{{ m() }}",
+        "{% for m in messages %}{{ m.role }}{% generation -%}  {{ m.content }}  {%- endgeneration %}\n{% endfor %}",
+        "a{% block b scoped %}b{% generation %}c{% endgeneration %}{% endblock %}{{ self.b() }}",
+    ],
+)
+def test_marks_in_odd_places_are_transformers(source: str):
+    texts, spans = chat_template_utils.render_jinja_template(
+        [CONVERSATIONS["pair"]], chat_template=source, return_assistant_tokens_mask=True
+    )
+    assert spans[0]
+    assert render_marked(source, CONVERSATIONS["pair"]) == (texts[0], [tuple(span) for span in spans[0]])
+
+
+def test_one_rendering_does_not_see_the_marks_of_another():
+    """Renderings of one compiled template in several threads, each slow enough to meet the others."""
+    source = "{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    lengths = list(range(1, 9))
+    chats = [[assistant("x" * length)] * 300 for length in lengths]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda chat: render_marked(source, chat), chats))
+    for length, (text, spans) in zip(lengths, results, strict=True):
+        assert text == ("assistant" + "x" * length) * 300
+        assert spans == [(9 + i * (9 + length), (i + 1) * (9 + length)) for i in range(300)]
+
+
+# --- what is passed in -----------------------------------------------------------------------------------------------
+
+
+def test_the_clock_can_be_stopped(monkeypatch: pytest.MonkeyPatch):
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2026, 2, 3, 4, 5)
+
+    monkeypatch.setattr(chat, "datetime", Day)
+    assert render("{{ strftime_now('%Y-%m-%d %H:%M') }}", [], False) == "2026-02-03 04:05"
+
+
+def test_tools_and_documents_reach_the_template():
+    source = "{{ tools | tojson }}{{ documents[0].title }}{{ tools is none }}"
+    text = render(source, [], False, tools=[TOOL], documents=[{"title": "T"}])
+    assert text == json.dumps([TOOL], ensure_ascii=False) + "TFalse"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tools": [len]}, "tools must be a list of dicts"),
+        ({"tools": "add"}, "tools must be a list of dicts"),
+        ({"documents": ["text"]}, "documents must be a list of dicts"),
+    ],
+)
+def test_other_tools_and_documents_are_refused(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        render("", [], False, **arguments)
+
+
+@pytest.mark.parametrize("messages", [["text"], [None], [[user("a")]]])
+def test_messages_that_are_no_dicts_are_refused(messages: Any):
+    with pytest.raises(ValueError, match="messages must be dicts with a role and a content"):
+        render("", messages, False)
+
+
+class Color(StrEnum):
+    RED = "red"
+
+
+@dataclass
+class Image:
+    path: str
+    size: tuple[int, int]
+
+
+class Model:
+    def model_dump(self) -> dict[str, Any]:
+        return {"role": "user", "content": Image}
+
+
+class Writer:
+    def save(self, path: str) -> str:
+        raise AssertionError(f"the template wrote {path}")
+
+
+VALUES = [
+    None, True, 1, 1.5, "a", [1, (2,)], {1: {"a": None}}, Color.RED, np.float32(0.5), np.int64(3), np.bool_(False),
+    np.float64(0.5), np.str_("x"), Image("a.png", (1, 2)), Model(), Writer(), np.zeros(3), len, {"a"}, b"a",
+    OrderedDict(b=1, a=2), MappingProxyType({"a": [Color.RED]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_plain_values_equal_transformers(value: Any):
+    ours, theirs = plain(value), chat_template_utils._plain_template_data(value)
+    assert ours == theirs and type(ours) is type(theirs)
+
+
+def test_methods_of_objects_are_out_of_reach():
+    for place in ([user("a") | {"image": Writer()}], [user("a") | {"content": [{"image": [Writer()]}]}]):
+        text = render("{{ messages | string }}{{ it }}{{ it.save is defined }}", place, False, it=Writer())
+        assert "'<Writer>'" in text and text.endswith("<Writer>False")
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_found_under_each_of_its_names(field: str):
+    message = assistant("b") | {field: "because"}
+    source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+    assert render(source, [message], False) == "because because"
+    assert message == assistant("b") | {field: "because"}
+
+
+def test_a_template_is_compiled_once():
+    source = "{{ messages[0].content }}"
+    assert compile_template(source) is compile_template("".join(source))

@@ -2,7 +2,7 @@
 
 What a layout must keep is what a model learns from it: for each label that counts, the tokens that its prediction may
 look at. `lessons` reads these pairs off a batch, by the rules that attention.py documents, and every layout of the same
-examples must give the same pairs. transformers' DataCollatorWithFlattening is the peer of `flatten`.
+examples must give the same pairs. TRL's collator and transformers' DataCollatorWithFlattening are the peers.
 """
 
 from collections import Counter
@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
 
 from minift.data.collate import Batch, collate, flatten, share_prefix, stack
 from minift.data.encode import IGNORE, Example
@@ -34,6 +36,7 @@ def examples(draw: st.DrawFn, least: int = 1, most: int = 12) -> Example:
     return Example(ids, [token if t else IGNORE for token, t in zip(ids, trained, strict=True)])
 
 
+MULTIPLES = st.sampled_from([1, 2, 8])
 PACKS = st.lists(st.lists(examples(), min_size=1, max_size=3), min_size=1, max_size=4)
 
 
@@ -117,16 +120,66 @@ def test_flattened():
     assert (batch.tokens, batch.trained_tokens) == (6, 4)
 
 
+def features(rows: list[Example]) -> Any:
+    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+
+
 @steady
 @given(st.lists(examples(), min_size=1, max_size=5))
 def test_flatten_equals_transformers(rows: list[Example]):
-    features: Any = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-    theirs: Any = DataCollatorWithFlattening(return_seq_idx=True)(features)
+    theirs: Any = DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True)(features(rows))
     ours = flatten(rows)
     assert ours.input_ids_bs.tolist() == theirs["input_ids"].tolist()
     assert ours.labels_bs.tolist() == theirs["labels"].tolist()
     assert ours.positions_bs.tolist() == theirs["position_ids"].tolist()
     assert ours.documents_bs.tolist() == theirs["seq_idx"].tolist()
+    # What kernels for sequences of unequal length are given follows from the documents.
+    sizes = ours.documents_bs[0].bincount()
+    assert [0, *sizes.cumsum(0).tolist()] == theirs["cu_seq_lens_q"].tolist()
+    assert sizes.max() == theirs["max_length_q"]
+
+
+@steady
+@given(st.lists(examples(), min_size=1, max_size=5), MULTIPLES)
+def test_padding_right_equals_trl(rows: list[Example], multiple_of: int):
+    theirs = DataCollatorForLanguageModeling(PAD, return_position_ids=True, pad_to_multiple_of=multiple_of)(
+        features(rows)
+    )
+    ours = collate(rows, PAD, multiple_of=multiple_of)
+    assert ours.input_ids_bs.shape[1] % multiple_of == 0
+    assert torch.equal(ours.input_ids_bs, theirs["input_ids"])
+    assert torch.equal(ours.labels_bs, theirs["labels"])
+    assert torch.equal(ours.positions_bs, theirs["position_ids"])
+    assert torch.equal((ours.documents_bs >= 0).long(), theirs["attention_mask"])
+
+
+@steady
+@given(st.lists(examples(), min_size=1, max_size=5), MULTIPLES)
+def test_padding_left_equals_trl(rows: list[Example], multiple_of: int):
+    """TRL keeps the label of the first token, which padding would then predict."""
+
+    def theirs(columns: list[list[int]], filler: int) -> torch.Tensor:
+        return pad(list(map(torch.tensor, columns)), filler, "left", multiple_of)
+
+    ours = collate(rows, PAD, "left", multiple_of)
+    assert torch.equal(ours.input_ids_bs, theirs([row.input_ids for row in rows], PAD))
+    assert torch.equal(ours.labels_bs, theirs([[IGNORE, *row.labels[1:]] for row in rows], IGNORE))
+    assert torch.equal(ours.positions_bs, theirs([list(range(len(row))) for row in rows], 0))
+    assert torch.equal(ours.documents_bs, theirs([[0] * len(row) for row in rows], -1))
+
+
+@steady
+@given(st.lists(examples(), min_size=1, max_size=5), MULTIPLES)
+def test_flattened_and_padded_equals_trl(rows: list[Example], multiple_of: int):
+    """Its padding is a row of documents of one token; ours is none, and no token sees it."""
+    theirs = DataCollatorForLanguageModeling(PAD, padding_free=True, pad_to_multiple_of=multiple_of)(features(rows))
+    ours = stack([flatten(rows)], PAD, multiple_of=multiple_of)
+    assert torch.equal(ours.input_ids_bs, theirs["input_ids"])
+    assert torch.equal(ours.labels_bs, theirs["labels"])
+    assert torch.equal(ours.positions_bs, theirs["position_ids"])
+    real = ours.documents_bs >= 0
+    assert int(real.sum()) == sum(map(len, rows))
+    assert torch.equal(ours.documents_bs[real], theirs["seq_idx"][real].long())
 
 
 def assert_well_formed(batch: Batch) -> None:
@@ -142,7 +195,7 @@ def assert_well_formed(batch: Batch) -> None:
 @given(st.lists(examples(), min_size=1, max_size=5))
 def test_every_layout_teaches_the_same(rows: list[Example]):
     want = expected(rows)
-    for batch in (collate(rows, PAD), flatten(rows)):
+    for batch in (collate(rows, PAD), collate(rows, PAD, multiple_of=8), flatten(rows)):
         assert_well_formed(batch)
         assert lessons(batch) == want
         assert batch.trained_tokens == want.total() == sum(row.trained_tokens for row in rows)
@@ -161,9 +214,9 @@ def test_padding_left_teaches_the_same(rows: list[Example]):
 
 
 @steady
-@given(PACKS, st.sampled_from(["left", "right"]))
-def test_stacked_rows_of_several_documents_teach_the_same(packs: list[list[Example]], side: Any):
-    batch = stack([flatten(documents) for documents in packs], PAD, side)
+@given(PACKS, st.sampled_from(["left", "right"]), MULTIPLES)
+def test_stacked_rows_of_several_documents_teach_the_same(packs: list[list[Example]], side: Any, multiple_of: int):
+    batch = stack([flatten(documents) for documents in packs], PAD, side, multiple_of)
     assert_well_formed(batch)
     assert lessons(batch) == expected([row for documents in packs for row in documents])
 
@@ -261,6 +314,12 @@ def test_an_unknown_side_is_refused(make: Any):
     rows = [A] if make is collate else [flatten([A])]
     with pytest.raises(ValueError, match=r"padding_side 'middle'.*'left' or 'right'"):
         make(rows, PAD, "middle")
+
+
+@pytest.mark.parametrize("multiple_of", [0, -8])
+def test_a_multiple_below_one_is_refused(multiple_of: int):
+    with pytest.raises(ValueError, match=f"multiple_of must be at least 1, got {multiple_of}"):
+        collate([A], PAD, multiple_of=multiple_of)
 
 
 @pytest.mark.parametrize("make", [lambda: collate([], PAD), lambda: stack([], PAD), lambda: flatten([])])

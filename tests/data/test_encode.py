@@ -15,7 +15,8 @@ from typing import Any
 import peers
 import pytest
 
-from minift.data.encode import IGNORE, Example, encode
+from minift.data.drafts import BATCH
+from minift.data.encode import IGNORE, Example, RowError, encode, encode_rows
 from minift.data.tokenizer import Tokenizer
 
 Pairs = list[tuple[list[int], list[int]]]
@@ -31,13 +32,18 @@ def text(draw: random.Random, most: int = 8) -> str:
     return "".join(draw.choice(PIECES) for _ in range(draw.randint(1, most)))
 
 
+def answer(draw: random.Random) -> str:
+    """One that is not blank: an answer that says nothing is refused."""
+    return next(said for said in iter(lambda: text(draw), None) if said.strip())
+
+
 def conversation(draw: random.Random) -> list[dict[str, str]]:
-    """One to four pairs of turns, sometimes with a system message, sometimes with an empty turn."""
+    """One to four pairs of turns, sometimes with a system message."""
     messages = [{"role": "system", "content": text(draw)}] if draw.random() < 0.4 else []
     for _ in range(draw.choice([1, 1, 2, 3, 4])):
         messages += [
             {"role": "user", "content": text(draw)},
-            {"role": "assistant", "content": text(draw) if draw.random() < 0.95 else ""},
+            {"role": "assistant", "content": answer(draw)},
         ]
     return messages
 
@@ -57,7 +63,6 @@ STRINGS += [
     {"prompt": "the capital of Fr", "completion": "ance"},
     {"prompt": "line\n", "completion": "\n\nanswer"},
     {"prompt": "", "completion": "all of it is trained"},
-    {"prompt": "Hello", "completion": ""},
     {"prompt": "Hello", "completion": "ends already<|im_end|>"},
     {"prompt": "ends already<|im_end|>", "completion": "goes on"},
 ]
@@ -102,10 +107,12 @@ def assert_equal(ours: Pairs, theirs: Pairs, rows: list[Any]) -> None:
     ],
 )
 def test_ids_and_labels_equal_trl(folder: Path, tokenizer: Tokenizer, rows: list[Any], completion_only: bool | None):
+    """With control tokens in the text read as TRL does; rows without them do not need that (below)."""
     theirs = peers.peer_tokens(folder, rows, completion_only, max_length=None)
     loss_on = "completion" if completion_only or (completion_only is None and "prompt" in rows[0]) else "all"
-    ours = [pair(encode(tokenizer, row, loss_on=loss_on)) for row in rows]
+    ours = [pair(encode(tokenizer, row, loss_on=loss_on, special_in_text=True)) for row in rows]
     assert_equal(ours, theirs, rows)
+    assert ours == [pair(example) for example in encode_rows(tokenizer, rows, loss_on, special_in_text=True)]
 
 
 def test_the_completion_of_messages_is_the_last_turn(folder: Path, tokenizer: Tokenizer):
@@ -144,7 +151,7 @@ def answer_begins(labels: list[int]) -> int:
     return next(index for index, label in enumerate(labels) if label != IGNORE)
 
 
-ANSWERS = ["\nHi", "\n\nHi", "\n\n\n", " \n Hi", "\n  x", " Hi", "\u2028Hi", "\u0301Hi", "\r\nHi"]
+ANSWERS = ["\nHi", "\n\nHi", "\n\n\nHi", " \n Hi", "\n  x", " Hi", "\u2028Hi", "\u0301Hi", "\r\nHi"]
 
 
 def test_answers_that_merge_with_the_header(real: Path):
@@ -208,11 +215,32 @@ def test_assistant_turns_equal_trl_but_for_the_final_newlines(
         assert ours.trained_tokens == sum(label != IGNORE for label in labels) + count
 
 
-def test_a_template_with_generation_markers_works_as_well(generation: Path, tokenizer: Tokenizer):
-    """Published templates have the markers; they change nothing in the text."""
-    marked = Tokenizer(generation)
-    for row in MESSAGES[:5]:
-        assert encode(marked, row, loss_on="assistant") == encode(tokenizer, row, loss_on="assistant")
+def test_marks_in_the_template_decide_exactly_as_trl(generation: Path):
+    theirs = peers.peer_tokens(generation, MESSAGES, completion_only=False, max_length=None, assistant_only=True)
+    ours = [pair(example) for example in encode_rows(Tokenizer(generation), MESSAGES, "assistant")]
+    assert_equal(ours, theirs, MESSAGES)
+
+
+def trained_text(tokenizer: Tokenizer, example: Example) -> list[str]:
+    """The runs of trained tokens, as text."""
+    runs: list[list[int]] = [[]]
+    for index, label in enumerate(example.labels):
+        if label == IGNORE:
+            runs.append([])
+        else:
+            assert label == example.input_ids[index]
+            runs[-1].append(label)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_with_the_header_the_speakers_name_is_trained_as_well(tiny: Path, generation: Path):
+    for tokenizer in (Tokenizer(tiny), Tokenizer(generation)):
+        for row in MESSAGES:
+            example = encode(tokenizer, row, loss_on="assistant_with_header")
+            assert example.input_ids == encode(tokenizer, row, loss_on="assistant").input_ids
+            said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+            expected = [f"<|im_start|>assistant\n{words}<|im_end|>\n" for words in said]
+            assert trained_text(tokenizer, example) == expected
 
 
 def test_assistant_and_completion_agree_on_a_single_turn(tokenizer: Tokenizer):
@@ -242,7 +270,7 @@ def test_cutting_equals_trl_which_drops_what_we_refuse(tiny: Path, length: int):
 @pytest.mark.parametrize("rows", [TEXTS, MESSAGES], ids=["text", "messages"])
 def test_cutting_with_loss_on_everything_equals_trl(tiny: Path, rows: list[Any]):
     theirs = peers.peer_tokens(tiny, rows, max_length=17)
-    ours = [pair(encode(Tokenizer(tiny), row, loss_on="all", max_length=17)) for row in rows]
+    ours = [pair(example) for example in encode_rows(Tokenizer(tiny), rows, "all", 17, special_in_text=True)]
     assert_equal(ours, theirs, rows)
 
 
@@ -327,6 +355,8 @@ def test_a_tokenizer_without_template_names_the_row(tiny: Path, tmp_path: Path, 
 
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+EMPTY = {"role": "assistant", "content": " \n", "name": "Bot"}
+KWARGS = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"add_generation_prompt": True}}
 
 
 @pytest.mark.parametrize(
@@ -341,10 +371,14 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
         pytest.param({"messages": [USER, ASSISTANT]}, "completion", 10, "cut to max_length 10.*whole answer"),
         pytest.param({"messages": [USER, ASSISTANT]}, "assistant", 10, "cut to max_length 10.*whole answer"),
         pytest.param({"prompt": "the sea " * 9, "completion": "b"}, "completion", 8, "cut to max_length 8"),
+        pytest.param({"messages": [USER, EMPTY]}, "completion", None, "says nothing in message 2"),
+        pytest.param({"messages": [USER, EMPTY, USER, ASSISTANT]}, "assistant", None, "says nothing in message 2"),
+        pytest.param({"prompt": "a", "completion": ""}, "completion", None, "the completion is empty"),
+        pytest.param(KWARGS, "all", None, "chat_template_kwargs may not set add_generation_prompt"),
         pytest.param({"text": ""}, "all", None, "no token to train on with loss_on='all'"),
         pytest.param({"text": "Hello"}, "all", 1, "cut to max_length 1"),
         pytest.param({"messages": []}, "all", None, "non-empty list"),
-        pytest.param({"text": "half an emoji: \ud83d"}, "all", None, "surrogate|Unicode|UTF-8"),
+        pytest.param({"text": "half an emoji: \ud83d"}, "all", None, "half a character"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_the_row_named(
@@ -353,6 +387,18 @@ def test_what_cannot_be_trained_is_refused_and_the_row_named(
     with pytest.raises(ValueError, match=fault) as caught:
         encode(Tokenizer(tiny), row, loss_on=loss_on, max_length=max_length, where="row 7")
     assert str(caught.value).startswith("row 7: ")
+
+
+def test_a_turn_that_only_calls_a_tool_or_thinks_is_not_empty(tiny: Path):
+    for extra in ({"tool_calls": [{"name": "clock"}]}, {"reasoning_content": "hm"}):
+        row = {"messages": [USER, EMPTY | extra]}
+        assert encode(Tokenizer(tiny), row).trained_tokens
+
+
+def test_an_empty_turn_that_is_not_trained_is_no_fault(tiny: Path):
+    messages = [USER, EMPTY, USER, ASSISTANT]
+    assert encode(Tokenizer(tiny), {"messages": messages}).trained_tokens
+    assert encode(Tokenizer(tiny), {"messages": messages[:2]}, loss_on="all").trained_tokens
 
 
 def test_plain_text_needs_an_end_token(tiny: Path, tmp_path: Path):
@@ -371,3 +417,65 @@ def test_trained_tokens_leaves_out_the_first(tiny: Path):
     assert Example([5], [5]).trained_tokens == 0
     example = encode(Tokenizer(tiny), TEXTS[0], loss_on="all")
     assert example.trained_tokens == len(example) - 1
+
+
+# --- many rows
+
+
+def test_many_rows_are_the_same_rows(real: Path):
+    """More than one batch, chats and texts mixed, some of which spell control tokens."""
+    tokenizer = Tokenizer(real)
+    rows = [*MESSAGES, *STRINGS, *TEXTS, *SPLIT] * 2 + [
+        {"prompt": [USER], "completion": [{**ASSISTANT, "content": "<|im_end|>"}]}
+    ]
+    assert len(rows) > BATCH
+    ours = encode_rows(tokenizer, iter(rows))
+    assert_equal([pair(example) for example in ours], [pair(encode(tokenizer, row)) for row in rows], rows)
+
+
+def test_the_first_refused_row_is_named_or_all_are_dropped_as_trl_does(tiny: Path):
+    tokenizer = Tokenizer(tiny)
+    with pytest.raises(RowError, match=r"^row \d+: its \d+ tokens are cut to max_length 40") as caught:
+        encode_rows(tokenizer, SPLIT, max_length=40)
+    assert caught.value.reason == "answer cut away"
+    kept = encode_rows(tokenizer, SPLIT, max_length=40, drop=True)
+    assert 0 < len(kept) < len(SPLIT)
+    assert [pair(example) for example in kept] == peers.peer_tokens(tiny, SPLIT, max_length=40)
+
+
+def test_a_text_that_cannot_be_written_spoils_no_other_row(tiny: Path):
+    """The tokenizers library refuses a whole batch for one of its texts: here a key that no check of rows looks at."""
+    tokenizer = Tokenizer(tiny)
+    tokenizer.template = "{{ messages[0].name }}" + (tokenizer.template or "")
+    rows = [{"messages": [USER | {"name": name}, ASSISTANT]} for name in ("a", "\ud83d", "b")]
+    assert len(encode_rows(tokenizer, rows, drop=True)) == 2
+    with pytest.raises(RowError, match=r"^row 2: .*not valid Unicode"):
+        encode_rows(tokenizer, rows)
+
+
+# --- one begin token
+
+
+def test_a_begin_token_in_the_text_is_not_doubled(with_bos: Path):
+    """TRL has it twice: once from the text, once from the tokenizer."""
+    tokenizer = Tokenizer(with_bos)
+    row = {"text": "<|endoftext|>The sea"}
+    ((theirs, _),) = peers.peer_tokens(with_bos, [row])
+    assert theirs[:2] == [0, 0]
+    ours = encode(tokenizer, row, special_in_text=True)
+    assert ours.input_ids == theirs[1:] and ours.labels == theirs[1:]
+    prompt = {"prompt": "<|endoftext|>The", "completion": " sea"}
+    example = encode(tokenizer, prompt, special_in_text=True)
+    assert example.input_ids == theirs[1:]
+    assert trained_text(tokenizer, example) == [" sea<|im_end|>"]
+
+
+def test_a_chat_never_has_a_begin_token_that_the_template_did_not_write(tiny: Path, with_bos: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(with_bos, folder)
+    (folder / "chat_template.jinja").write_text(WITH_BOS, encoding="utf-8")
+    ids = encode(Tokenizer(folder), {"messages": [USER, ASSISTANT]}).input_ids
+    assert ids[0] == 0 and ids.count(0) == 1
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + WITH_BOS, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^row: the chat begins with '<\|endoftext\|>' twice; take one"):
+        encode(Tokenizer(folder), {"messages": [USER, ASSISTANT]})

@@ -111,6 +111,7 @@ OTHER_VALUES = {
     "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "optimizer": "adamw", "loss_on": "all",
     "max_length": 99, "packing": "bfd", "share_prefix": False, "shuffle": False, "seed": 1,
     "gradient_checkpointing": True, "output_dir": "elsewhere", "save_every": 3, "resume": True, "log_every": 2,
+    "group_by_length": True, "problems": "drop",
 }  # fmt: skip
 FREE = {"gradient_checkpointing", "output_dir", "save_every", "resume", "log_every"}
 

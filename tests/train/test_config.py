@@ -16,10 +16,11 @@ NUMBERS = ("lr", "weight_decay", "max_grad_norm")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "optimizer": ("adamw8bit", "adamw"),
-    "loss_on": ("all", "completion", "assistant"),
-    "packing": ("none", "bfd", "wrapped"),
+    "loss_on": ("all", "completion", "assistant", "assistant_with_header"),
+    "problems": ("stop", "drop"),
+    "packing": ("none", "bfd", "bfd_split", "wrapped"),
 }
-SWITCHES = ("share_prefix", "shuffle", "gradient_checkpointing", "resume")
+SWITCHES = ("share_prefix", "shuffle", "group_by_length", "gradient_checkpointing", "resume")
 
 BELOW = [(name, least - 1) for name, least in INTEGERS.items()] + [(name, -100) for name in INTEGERS]
 NEGATIVE = [("lr", 0), ("lr", 0.0), ("lr", -1e-4), ("weight_decay", -1e-9), ("max_grad_norm", -0.5)]
@@ -95,3 +96,8 @@ def test_every_field_has_a_help_text_and_its_choices():
     for setting in fields(TrainConfig):
         assert setting.metadata["help"].endswith(".")
         assert setting.metadata["choices"] == CHOICES.get(setting.name)
+
+
+def test_batches_by_length_are_drawn_at_random():
+    with pytest.raises(ValueError, match="group_by_length draws batches in random order: leave shuffle on"):
+        TrainConfig(group_by_length=True, shuffle=False)

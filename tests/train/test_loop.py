@@ -28,7 +28,7 @@ from minift.adapters.inject import lora_layers
 from minift.data.encode import encode
 from minift.quant import Linear4bit
 from minift.train.config import TrainConfig
-from minift.train.loop import Plan, StepRecord, TrainResult, encode_rows, prepare, train
+from minift.train.loop import Plan, StepRecord, TrainResult, examine_rows, prepare, train
 
 ROWS = peers.demo_rows(13)  # batches of 2: the last of an epoch holds one row, and the last step one batch
 STEPS = 10  # two and a half epochs
@@ -234,7 +234,7 @@ def texts(count: int) -> list[dict[str, str]]:
 
 def plan_of(tiny: Path, rows: Sequence[Any], **settings: Any) -> Plan:
     tokenizer, chosen = minift.load_tokenizer(tiny), TrainConfig(**settings)
-    examples = encode_rows(tokenizer, rows, chosen)
+    examples = examine_rows(tokenizer, rows, chosen).examples
     return Plan(prepare(examples, tokenizer, chosen), tokenizer.pad_id or 0, chosen, share=False)
 
 
@@ -310,6 +310,42 @@ def test_a_step_depends_on_its_number_only(tiny: Path):
     assert micro_batches(plan_of(tiny, texts(20), batch_size=3), 5) == late
 
 
+def test_rows_of_similar_length_share_a_batch(tiny: Path):
+    """Less padding, every row once an epoch, and still a pure function of the step."""
+    rows = [{"text": " ".join(["sea"] * (1 + 7 * n % 40))} for n in range(40)]
+    settings = {"batch_size": 4, "epochs": 2, "share_prefix": False}
+    mixed, alike = (plan_of(tiny, rows, group_by_length=group, **settings) for group in (False, True))
+    everything = sorted(map(tuple, plan_rows(tiny, rows)))
+
+    def padding(plan: Plan) -> int:
+        batches = [batch for step in range(plan.total_steps) for batch in plan.micro_batches(step)]
+        return sum(int((batch.documents_bs < 0).sum()) for batch in batches)
+
+    assert mixed.total_steps == alike.total_steps == 20
+    assert padding(alike) < 0.4 * padding(mixed)
+    for epoch in range(2):
+        batches = [batch for step in range(10) for batch in alike.micro_batches(10 * epoch + step)]
+        drawn = [
+            tuple(ids[own].tolist())
+            for b in batches
+            for ids, own in zip(b.input_ids_bs, b.documents_bs >= 0, strict=True)
+        ]
+        assert sorted(drawn) == everything
+    late = micro_batches(alike, 13)
+    micro_batches(alike, 2)
+    assert micro_batches(alike, 13) == late
+
+
+def test_split_documents_are_trained_whole(tiny: Path):
+    rows = [{"text": " ".join(["sea"] * 300)}, *texts(5)]
+    total = sum(map(len, plan_rows(tiny, rows)))
+    tokens = {
+        packing: sum(row.tokens for row in plan_of(tiny, rows, packing=packing, max_length=50, batch_size=1).rows)
+        for packing in ("bfd", "bfd_split")
+    }
+    assert tokens["bfd_split"] == total > tokens["bfd"]
+
+
 def test_wrapped_rows_without_a_label_are_left_out(tiny: Path):
     """A long prompt may fill a whole row; a step of nothing but such rows would divide by zero."""
     question = " ".join(["sea"] * 300)
@@ -335,10 +371,17 @@ def test_nothing_to_train_is_refused(tiny: Path, tmp_path: Path, make_model: Any
         pytest.param([], {}, "no rows", id="no-rows"),
         pytest.param(ROWS[:3], {"batch_size": 4}, "3 rows, fewer than one batch of 4", id="few-rows"),
         pytest.param(ROWS[:3], {"packing": "bfd"}, "1 packed rows, fewer than one batch of 2", id="few-packs"),
-        pytest.param([*ROWS[:2], {"text": ""}], {}, "^row 3: ", id="nothing-to-learn"),
-        pytest.param([*ROWS[:2], {"txt": "a"}], {}, "^row 3: ", id="malformed"),
-        pytest.param(ROWS, {"max_length": 4}, "^row 1: .*max_length 4", id="cut"),
-        pytest.param(ROWS, {"max_length": 4, "packing": "bfd"}, "^row 1: .*max_length 4", id="cut-packed"),
+        pytest.param(
+            [*ROWS[:2], {"text": ""}], {}, r"1 of 3 rows cannot be trained on \(row 3: ", id="nothing-to-learn"
+        ),
+        pytest.param([*ROWS[:2], {"txt": "a"}], {}, r"1 of 3 rows cannot be trained on \(row 3: ", id="malformed"),
+        pytest.param(ROWS, {"max_length": 4}, "all 13 rows are refused[^$]*row 1: .*max_length 4", id="cut"),
+        pytest.param(
+            ROWS,
+            {"max_length": 4, "packing": "bfd"},
+            "all 13 rows are refused[^$]*row 1: .*max_length 4",
+            id="cut-packed",
+        ),
     ],
 )
 def test_bad_rows_are_refused_before_anything_is_written(
@@ -348,6 +391,15 @@ def test_bad_rows_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=fault):
         run(make_model(tiny), tiny, rows, config(output, **settings))
     assert not output.exists()
+
+
+def test_rows_that_cannot_be_trained_on_are_left_out_when_told_so(tiny: Path, tmp_path: Path, make_model: Any):
+    """And what the data will train is said before the first step."""
+    said: list[str] = []
+    rows = [*ROWS[:4], {"text": ""}]
+    settings = config(tmp_path, problems="drop", max_steps=1)
+    train(make_model(tiny), minift.load_tokenizer(tiny), rows, settings, said.append)
+    assert len(said) == 1 and "5, 1 of them dropped" in said[0] and "<|im_end|>" in said[0]
 
 
 @pytest.mark.parametrize("training", [False, True])
