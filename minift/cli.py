@@ -4,6 +4,7 @@ Exit status: 0 done, 2 bad input (one line on standard error says which), 1 fail
 is shown only with --debug.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -294,15 +295,17 @@ def data_options(command: Callable) -> Callable:
               help="As it would be loaded; auto is the checkpoint's own.")  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="A row for each layer instead of one for all alike.")
 @data_options
-@click.pass_context
-def inspect(context: click.Context, what: str | None, quantize: str, dtype: str, every: bool, **options: Any) -> None:
+def inspect(what: str | None, quantize: str, dtype: str, every: bool, data: str | None, **options: Any) -> None:
     """Table of the modules of WHAT, a model (name or folder) or an adapter folder: shapes, types, bytes.
 
     Reads headers only, so it is instant for any size. With --data: what of a data set will be trained, token by token.
     """
-    _check_inspected(context, what, options)
-    if what is None:
-        return _inspect_data(**options)
+    if data is not None and what is None:
+        return _inspect_data(data, **options)
+    if data is not None or what is None:
+        raise click.UsageError(
+            "Give either WHAT (a model or an adapter) or --data (a data set).", click.get_current_context()
+        )
     from minift.adapters.files import CONFIG
     from minift.numerics.dtypes import DTYPES
     from minift.sources.resolve import resolve
@@ -313,26 +316,14 @@ def inspect(context: click.Context, what: str | None, quantize: str, dtype: str,
     click.echo(format_table(rows if every else group_layers(rows)))
 
 
-def _check_inspected(context: click.Context, what: str | None, of_data: dict[str, Any]) -> None:
-    """Either a model or a data set, and no option of the other."""
-    if what is None and of_data["data"] is None:
-        raise click.UsageError("Missing argument 'WHAT' (or --data).", context)
-    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    foreign = given & (of_data.keys() if of_data["data"] is None else context.params.keys() - of_data.keys())
-    if foreign:
-        names = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in foreign)
-        kind = "only goes with" if of_data["data"] is None else "does not go with"
-        raise click.UsageError(f"{', '.join(names).replace('what', 'WHAT')} {kind} --data.", context)
-
-
 def _inspect_data(data: str, model: str, rows: int, html: str | None, **settings: Any) -> None:
     import minift
     from minift.study.dataset import look_at
 
     config = minift.TrainConfig(**settings)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    look = look_at(minift.load_tokenizer(model), minift.read_dataset(data), config, rows)
-    click.echo(look.format(color))
+    look = look_at(minift.load_tokenizer(model), minift.read_dataset(data), config, rows, color)
+    click.echo(look)
     if html is not None:
         click.echo(f"Saved {look.save_html(html)}")
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
-    """The settings as a dict, or ValueError for one out of range."""
-    if lr < 0 or eps < 0 or weight_decay < 0:
-        raise ValueError(f"lr, eps and weight_decay must not be negative, got {lr}, {eps}, {weight_decay}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
+    """The settings as a dict, or ValueError for one out of range. A rate of 0 is the first step of a warm-up."""
+    if not all(0 <= value < math.inf for value in (lr, eps, weight_decay)):
+        raise ValueError(
+            f"lr, eps and weight_decay must be finite and not negative, got {lr}, {eps} and {weight_decay}"
+        )
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
     return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
 
@@ -43,19 +45,28 @@ class Optimizer(torch.optim.Optimizer):
     wrapper around these methods, so what they wrap is called."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own; ValueError for one out of range."""
+        settings = self.defaults | param_group
+        check_hyperparameters(settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"])
         unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy. torch casts state to the dtype of its parameter; here it is fp32 whatever the parameter is."""
+        """Load a copy. torch casts state to the dtype of its parameter; here it keeps the one it was saved with."""
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         for owner, state in state_dict["state"].items():
             p = params[owner] if isinstance(owner, int) else params[0]
-            copied = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            copied = {
+                k: v.to(self.state_device(k, p), copy=True) if isinstance(v, Tensor) else v for k, v in state.items()
+            }
             self.state[p if isinstance(owner, int) else owner] = copied
+
+    def state_device(self, name: str, p: Tensor) -> torch.device:
+        """Where the entry `name` of the state of p lives."""
+        return p.device
 
 
 class AdamW(Optimizer):

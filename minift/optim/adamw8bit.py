@@ -13,35 +13,77 @@ All parameters are treated as one flat buffer, each padded to whole blocks:
     | p0 p0 p0 .  | p1 p1 p1 p1 | p2 p2 . .  |      padding has gradient 0, so it stays 0 and no block mixes tensors
 
 so a step costs the same few operations for one tensor or for the 420 of a LoRA, instead of that many times the
-overhead.
+overhead; on a GPU it is one launch of a kernel for all parameters of a dtype. The arithmetic is a fixed sequence of
+single roundings, nothing fused, so CPU and GPU give the same bits:
 
-Peer: bitsandbytes AdamW8bit. It decays weights after the update, this one before (torch's order); without weight decay
-they agree. Source: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
+    m <- b1 m + (1 - b1) g        v <- b2 v + ((1 - b2) g) g        u = (lr c2 / c1) m / (sqrt(v) + c2 eps)
+    p <- p (1 - lr wd) - u        with c1 = 1 - b1^t, c2 = sqrt(1 - b2^t): the two corrections of adamw.py, moved
+
+**Order of decay.** torch decays before the update, as above. bitsandbytes' CUDA kernel decays after it, so that the
+update shrinks as well: p <- (p - u)(1 - lr wd), `order="bnb"`. Its CPU code decays before. The difference is a factor
+of 1 - lr wd on u; without weight decay there is none.
+
+**16-bit parameters** are read as fp32, and rounded once at the end of a step: to nearest, or with
+`stochastic_rounding` by chance, so that updates too small for the parameter's precision are not lost but happen now and
+then (numerics/rounding.py). The random number of an element depends on the seed, the step and its place alone.
+
+**Paged** state lives in host memory and comes to the device page by page (paging.py), with the same results to the bit.
+
+A gradient that is NaN or infinite reaches its parameter and the scales of its block, where it is seen; bitsandbytes
+skips such elements silently.
+
+Peer: bitsandbytes AdamW8bit. Source: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minift.optim.adamw import Optimizer, adamw_update_, check_hyperparameters
-from minift.quant.blockwise import TINY, dequantize_blockwise
+from minift.numerics.dtypes import DTYPES
+from minift.numerics.rounding import TARGETS, _floor_quanta, random_words
+from minift.optim.adamw import Optimizer, check_hyperparameters
+from minift.optim.paging import Page, PagePool
+from minift.quant.blockwise import TINY
 from minift.quant.codebooks import dynamic_map, nearest_dynamic
 
 BLOCK = 256
 MIN_8BIT_SIZE = 4096
+ORDERS = ("torch", "bnb")
 # Elements updated at a time: eight fp32 temporaries of a chunk stay in the level-2 cache.
 CHUNK = 1 << 15
+# Elements gathered into a flat buffer at a time, a multiple of CHUNK: two buffers of 4 MB, whatever is trained.
+WINDOW = 1 << 20
+BLOCK_BYTES = 2 * (BLOCK + 4)  # of state: two codes for each value, two scales
+PAGED = {"m_codes": (torch.uint8, BLOCK), "v_codes": (torch.uint8, BLOCK),
+         "m_absmax": (torch.float32, 1), "v_absmax": (torch.float32, 1)}  # fmt: skip
 
 
 class AdamW8bit(Optimizer):
     """AdamW with 8-bit state.
 
     Args:
-        params: parameters or groups of them. All parameters of a group need a gradient at every step.
+        params: parameters or groups of them, fp32, bf16 or fp16, all on one device. All of them need a gradient at
+            every step.
         lr, betas, eps, weight_decay: as AdamW.
+        order: "torch" decays weights before the update, "bnb" after it.
+        stochastic_rounding: round 16-bit parameters by chance instead of to nearest.
+        seed: of that chance, 32 bits.
+        paged: keep 8-bit state in host memory. The fp32 state of small tensors stays on the device.
+        page_bytes: size of a page; 520 bytes are the state of one block of 256 values.
+        budget_bytes: device memory for pages, at least one page.
+
+    Attributes:
+        pool: the PagePool, with its counters, once the first step has been taken; None if not paged.
+
+    Raises:
+        ValueError: a setting out of range, or a parameter of another dtype.
     """
+
+    pool: PagePool | None = None
 
     def __init__(
         self,
@@ -50,8 +92,30 @@ class AdamW8bit(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        order: str = "torch",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        paged: bool = False,
+        page_bytes: int = 1 << 21,
+        budget_bytes: int = 1 << 26,
     ):
-        super().__init__(params, check_hyperparameters(lr, betas, eps, weight_decay))
+        if paged and page_bytes < BLOCK_BYTES:
+            raise ValueError(f"a page of {page_bytes} bytes is smaller than the {BLOCK_BYTES} of one block's state")
+        defaults = check_hyperparameters(lr, betas, eps, weight_decay)
+        super().__init__(params, defaults | {"order": order, "stochastic_rounding": stochastic_rounding, "seed": seed})
+        self._pages: dict[int, list[tuple[Page, Pieces]]] = {}
+        if paged:
+            self.pool = PagePool(budget_bytes, page_bytes, self.param_groups[0]["params"][0].device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own; ValueError for one out of range."""
+        order = (self.defaults | param_group)["order"]
+        if order not in ORDERS:
+            raise ValueError(f"unknown order {order!r} of decay and update: choose 'torch' or 'bnb'")
+        super().add_param_group(param_group)
+        other = {p.dtype for p in self.param_groups[-1]["params"]} - set(DTYPES.values())
+        if other:
+            raise ValueError(f"cannot train {', '.join(map(str, other))}: parameters must be {', '.join(DTYPES)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,68 +136,259 @@ class AdamW8bit(Optimizer):
             # Keyed by group, not by parameter: torch's state_dict passes such entries through as they are.
             state = self.state[f"group{index}"]  # pyright: ignore[reportArgumentType]
             if not state:
-                state.update(_new_state(large, small))
+                state.update(self._new_state(large, small))
             state["step"] += 1
-            if large:
-                _flat_step(large, state, group, _step_8bit)
-            if small:
-                _flat_step(small, state, group, _step_32bit)
+            streams = 2 * len(self.param_groups)  # of random numbers, in each step
+            for stream, tensors in ((2 * index, large), (2 * index + 1, small)):
+                if tensors:
+                    key = (group["seed"] & 0xFFFFFFFF) << 32 | (state["step"] * streams + stream) & 0xFFFFFFFF
+                    recipe = Recipe(factors(group, state["step"]), group["stochastic_rounding"], _signed(key))
+                    update = self._update_small if tensors is small else self._update_large
+                    _with_dense(update, tensors, index, recipe)
+        # Neither the views that the operator writes through nor the kernel tell autograd.
+        for p in params:
+            torch.autograd.graph.increment_version(p)
         return loss
 
+    def _new_state(self, large: list[Tensor], small: list[Tensor]) -> dict[str, Any]:
+        state: dict[str, Any] = {"step": 0}
+        if large:
+            blocks = sum(map(_padded, large)) // BLOCK
+            for name, (dtype, width) in PAGED.items():
+                device = self.state_device(name, large[0])
+                state[name] = self._empty(name, blocks * width, dtype, device).zero_()
+            state["m_codes"].fill_(127)  # the code of 0.0 in the signed map; in the unsigned one it is 0
+        if small:
+            n, device = sum(map(_padded, small)), small[0].device
+            state["m_fp32"], state["v_fp32"] = (torch.zeros(n, device=device) for _ in range(2))
+        return state
 
-def _new_state(large: list[Tensor], small: list[Tensor]) -> dict[str, Any]:
-    state: dict[str, Any] = {"step": 0}
-    if large:
-        n, device = sum(map(_padded, large)), large[0].device
-        # The code of 0.0 differs: 127 in the signed map, 0 in the unsigned one.
-        state["m_codes"] = torch.full((n,), 127, dtype=torch.uint8, device=device)
-        state["v_codes"] = torch.zeros(n, dtype=torch.uint8, device=device)
-        state["m_absmax"], state["v_absmax"] = (torch.zeros(n // BLOCK, device=device) for _ in range(2))
-    if small:
-        n, device = sum(map(_padded, small)), small[0].device
-        state["m_fp32"], state["v_fp32"] = (torch.zeros(n, device=device) for _ in range(2))
-    return state
+    def _empty(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.pool is not None and name in PAGED:
+            return self.pool.empty((n,), dtype)
+        return torch.empty(n, dtype=dtype, device=device)
+
+    def _update_small(self, params: list[Tensor], grads: list[Tensor], index: int, recipe: "Recipe") -> None:
+        state = self.state[f"group{index}"]  # pyright: ignore[reportArgumentType]
+        torch.ops.minift.adamw8bit_(params, grads, state["m_fp32"], state["v_fp32"], None, None, *recipe, 0)
+
+    def _update_large(self, params: list[Tensor], grads: list[Tensor], index: int, recipe: "Recipe") -> None:
+        state = self.state[f"group{index}"]  # pyright: ignore[reportArgumentType]
+        if self.pool is None:
+            torch.ops.minift.adamw8bit_(params, grads, *(state[name] for name in PAGED), *recipe, 0)
+            return
+        if index not in self._pages:
+            pages, sizes = self.pool.add(*(state[name].view(-1, PAGED[name][1]) for name in PAGED)), _sizes(params)
+            self._pages[index] = [(page, pieces_of(sizes, page.start * BLOCK, page.stop * BLOCK)) for page in pages]
+        # Forwards and backwards in turn: the last pages of the step before are still on the device.
+        walk = self._pages[index][:: 1 if state["step"] % 2 else -1]
+        for number, (page, pieces) in enumerate(walk):
+            m, v, m_absmax, v_absmax = (part.view(-1) for part in self.pool.use(page))
+            if number + 1 < len(walk):
+                self.pool.prefetch(walk[number + 1][0])
+            cut = [[tensors[i].view(-1)[start:stop] for i, start, stop, _ in pieces] for tensors in (params, grads)]
+            torch.ops.minift.adamw8bit_(*cut, m, v, m_absmax, v_absmax, *recipe, page.start * BLOCK)
+
+    def state_device(self, name: str, p: Tensor) -> torch.device:
+        """Paged state stays on the host, also when it is loaded."""
+        return torch.device("cpu") if self.pool is not None and name in PAGED else p.device
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. The same for paged state, which is written back first, so each loads into the other."""
+        if self.pool is not None:
+            self.pool.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy; settings that an older version did not save keep their values."""
+        super().load_state_dict(state_dict)
+        if self.pool is not None:
+            for state in self.state.values():
+                for name in PAGED.keys() & state.keys():
+                    state[name] = self.pool.empty(state[name].shape, state[name].dtype).copy_(state[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.pool is not None:
+            self.pool.flush()
+        return super().__getstate__() | {"pool": self.pool}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What torch calls for a copy, and with the state and the groups that load_state_dict was given."""
+        super().__setstate__(state)
+        self._pages = {}
+        if self.pool is not None:
+            self.pool.clear()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
 
 def _padded(p: Tensor) -> int:
     return -(-p.numel() // BLOCK) * BLOCK
 
 
-def _flat_step(params: list[Tensor], state: dict[str, Any], group: dict[str, Any], update: Callable) -> None:
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.numel() for tensor in tensors]
+
+
+def _signed(key: int) -> int:
+    """64 bits as the operator takes them."""
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def _with_dense(update: Callable, params: list[Tensor], *arguments: Any) -> None:
+    """Call `update` with row-major parameters and gradients, copies where need be."""
     grads = [p.grad for p in params if p.grad is not None]  # all of them: step has looked
-    p_n = torch.zeros(sum(map(_padded, params)), dtype=torch.float32, device=params[0].device)
-    g_n = torch.zeros_like(p_n)
-    torch._foreach_copy_(_views(p_n, params), params)
-    torch._foreach_copy_(_views(g_n, params), grads)
-    update(p_n, g_n, state, group)
-    torch._foreach_copy_(params, _views(p_n, params))
+    dense = [p.contiguous() for p in params]
+    update(dense, [g.contiguous() for g in grads], *arguments)
+    for p, copy in zip(params, dense, strict=True):
+        if copy is not p:
+            p.copy_(copy)
 
 
-def _views(flat_n: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """The part of the flat buffer that belongs to each parameter, in its shape."""
-    views, start = [], 0
-    for p in params:
-        views.append(flat_n[start : start + p.numel()].view(p.shape))
-        start += _padded(p)
-    return views
+Pieces = list[tuple[int, int, int, int]]
 
 
-def _step_32bit(p_n: Tensor, g_n: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    adamw_update_(p_n, g_n, state["m_fp32"], state["v_fp32"], state["step"], group)
+def pieces_of(sizes: Sequence[int], start: int, stop: int) -> Pieces:
+    """What lies in [start, stop) of the flat buffer: (tensor, its first element, its last + 1, place after start).
+
+    Args:
+        sizes: elements of each tensor; in the buffer it is padded to whole blocks.
+        start, stop: multiples of BLOCK.
+    """
+    found, place = [], 0
+    for index, n in enumerate(sizes):
+        begin, end = max(start - place, 0), min(stop - place, n)
+        if begin < end:
+            found.append((index, begin, end, place + begin - start))
+        place += -(-n // BLOCK) * BLOCK
+    return found
 
 
-def _step_8bit(p_n: Tensor, g_n: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    maps = {"m": dynamic_map(signed=True).to(p_n.device), "v": dynamic_map(signed=False).to(p_n.device)}
+class Factors(NamedTuple):
+    """What a step multiplies with: decay of the weight before and after the update, and the numbers of the formulas."""
+
+    before: float
+    after: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    rate: float
+    eps: float
+
+
+class Recipe(NamedTuple):
+    """The arguments of the operator that tensors have in common."""
+
+    factors: Factors
+    stochastic: bool
+    seed: int
+
+
+def factors(group: dict[str, Any], step: int) -> Factors:
+    """From the settings of a group, computed in float64; step counts from 1."""
+    beta1, beta2 = group["betas"]
+    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+    decay = 1 - group["lr"] * group["weight_decay"]
+    before, after = (decay, 1.0) if group["order"] == "torch" else (1.0, decay)
+    rate, eps = group["lr"] * correction2 / correction1, group["eps"] * correction2
+    return Factors(before, after, beta1, 1 - beta1, beta2, 1 - beta2, rate, eps)
+
+
+# --- the operator: the body below is the reference and the CPU path; CUDA tensors go to the Triton kernel -----------
+
+# Defined with torch.library's plain functions: `custom_op` would import the compiler (1.5 s, 150 MB) at the first call.
+torch.library.define(
+    "minift::adamw8bit_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_absmax, Tensor(e!)? v_absmax, "
+    "float[] factors, bool stochastic, int seed, int first) -> ()",
+)
+
+
+@torch.library.impl("minift::adamw8bit_", "default")
+def _adamw8bit_(
+    params: list[Tensor], grads: list[Tensor], m: Tensor, v: Tensor, m_absmax: Tensor | None, v_absmax: Tensor | None,
+    factors: list[float], stochastic: bool, seed: int, first: int,
+) -> None:  # fmt: skip
+    """One step in place. params, grads: contiguous; m, v: flat, codes uint8 with scales, or fp32 without.
+
+    first: place of the first element in the sequence of random numbers, a multiple of 4.
+    """
+    sizes = _sizes(params)
+    for start in range(0, len(m), WINDOW):
+        pieces = pieces_of(sizes, start, min(start + WINDOW, len(m)))
+        p_n, g_n = torch.zeros(2, min(WINDOW, len(m) - start), device=m.device)
+        held = [params[i].view(-1)[begin:end] for i, begin, end, _ in pieces]
+        torch._foreach_copy_(_views(p_n, pieces), held)
+        torch._foreach_copy_(_views(g_n, pieces), [grads[i].view(-1)[begin:end] for i, begin, end, _ in pieces])
+        for offset in range(0, len(p_n), CHUNK):
+            chunk = slice(offset, offset + CHUNK)
+            here = slice(start + offset, start + offset + len(p_n[chunk]))
+            if m_absmax is None or v_absmax is None:
+                _update_(p_n[chunk], g_n[chunk], m[here], v[here], Factors(*factors))
+                continue
+            states = ((m, m_absmax, True), (v, v_absmax, False))
+            means = [_decode(codes[here], absmax[_blocks(here)], signed) for codes, absmax, signed in states]
+            _update_(p_n[chunk], g_n[chunk], *means, Factors(*factors))
+            for mean, (codes, absmax, signed) in zip(means, states, strict=True):
+                codes[here], absmax[_blocks(here)] = _encode(mean, signed)
+        for dtype in {p.dtype for p in held}:
+            rounded = _rounded(p_n, dtype, first + start, seed) if stochastic and dtype in TARGETS else p_n
+            chosen = [(p, view) for p, view in zip(held, _views(rounded, pieces), strict=True) if p.dtype == dtype]
+            torch._foreach_copy_(*map(list, zip(*chosen, strict=True)))
+
+
+@torch.library.impl("minift::adamw8bit_", "cuda")
+def _adamw8bit_cuda_(params, grads, m, v, m_absmax, v_absmax, factors, stochastic, seed, first) -> None:
+    from minift_kernels.adamw8bit import Tables, adamw8bit_
+
+    signed, unsigned = (
+        Tables(_map(kind, m.device), nearest_dynamic(kind, m.device).boundaries) for kind in (True, False)
+    )
+    adamw8bit_(params, grads, (m, m_absmax, signed), (v, v_absmax, unsigned), factors, stochastic, seed, first)
+
+
+@torch.library.register_fake("minift::adamw8bit_")
+def _adamw8bit_fake_(params, grads, m, v, m_absmax, v_absmax, factors, stochastic, seed, first) -> None:
+    return None
+
+
+def _update_(p_n: Tensor, g_n: Tensor, m_n: Tensor, v_n: Tensor, f: Factors) -> None:
+    """The formulas of the module's docstring, in place; every operation rounds once. lerp_ and addcmul_ would fuse."""
+    m_n.mul_(f.beta1).add_(g_n * f.rest1)
+    v_n.mul_(f.beta2).add_((g_n * f.rest2).mul_(g_n))
+    update_n = (m_n * f.rate).div_(v_n.sqrt().add_(f.eps))
+    p_n.mul_(f.before).sub_(update_n).mul_(f.after)
+
+
+def _views(flat_n: Tensor, pieces: Pieces) -> list[Tensor]:
+    return [flat_n[place : place + end - begin] for _, begin, end, place in pieces]
+
+
+@cache
+def _map(signed: bool, device: torch.device) -> Tensor:
+    return dynamic_map(signed).to(device)
+
+
+def _blocks(here: slice) -> slice:
+    return slice(here.start // BLOCK, here.stop // BLOCK)
+
+
+def _decode(codes_n: Tensor, absmax_m: Tensor, signed: bool) -> Tensor:
+    return torch.ops.minift.dequantize_blockwise(codes_n, absmax_m, _map(signed, codes_n.device), BLOCK, torch.float32)
+
+
+def _encode(mean_n: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    absmax_m = mean_n.view(-1, BLOCK).abs().amax(1)
+    normalized_mc = mean_n.view(-1, BLOCK) * (1.0 / absmax_m.clamp(min=TINY)).unsqueeze(1)
+    return nearest_dynamic(signed, mean_n.device)(normalized_mc.view(-1)), absmax_m
+
+
+def _rounded(p_n: Tensor, dtype: torch.dtype, first: int, seed: int) -> Tensor:
+    out_n = torch.empty_like(p_n, dtype=dtype)
     for start in range(0, len(p_n), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
-        m, v = (
-            dequantize_blockwise(state[f"{name}_codes"][chunk], state[f"{name}_absmax"][blocks], code, BLOCK)
-            for name, code in maps.items()
-        )
-        adamw_update_(p_n[chunk], g_n[chunk], m, v, state["step"], group)
-        for name, values in (("m", m), ("v", v)):
-            absmax = values.view(-1, BLOCK).abs().amax(1)
-            normalized = values.view(-1, BLOCK) * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)
-            state[f"{name}_absmax"][blocks] = absmax
-            state[f"{name}_codes"][chunk] = nearest_dynamic(name == "m", p_n.device)(normalized.view(-1))
+        chunk = p_n[start : start + CHUNK]
+        words = random_words(first + start, len(chunk), seed, p_n.device)
+        out_n[start : start + CHUNK] = _floor_quanta(chunk, words, dtype)
+    return out_n

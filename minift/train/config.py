@@ -3,14 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from minift.data.encode import LOSS_ON, LossOn
-from minift.data.packing import STRATEGIES
+from minift.data.packing import STRATEGIES, Strategy
 from minift.data.report import Problems
 from minift.optim.schedule import SCHEDULES
 
 OPTIMIZERS = ("adamw8bit", "adamw")
+Packing = Literal["none"] | Strategy
 PACKING = ("none", *STRATEGIES)
 LEAST = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "weight_decay": 0,
@@ -45,7 +46,7 @@ class TrainConfig:
         "What rows that cannot be trained on, or lose an answer when cut, do: stop the run, or are left out (drop).",
         ("stop", "drop"),
     )
-    packing: str = _setting(
+    packing: Packing = _setting(
         "none", "Put several documents in one row: whole (bfd), long ones in pieces (bfd_split), or wrapped.", PACKING
     )
     group_by_length: bool = _setting(False, "Batch rows of similar length together, so that less is padding.")

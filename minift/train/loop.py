@@ -26,7 +26,7 @@ from minift.data.batching import by_length, order
 from minift.data.collate import Batch, collate, share_prefix, stack
 from minift.data.encode import Example
 from minift.data.formats import Row
-from minift.data.packing import pack
+from minift.data.packing import lay_out, pack_report
 from minift.data.report import DataReport, examine
 from minift.data.tokenizer import Tokenizer
 from minift.heap import give_memory_back
@@ -102,7 +102,7 @@ def train(
     # With dropout, rows that share a prefix would also share which of its numbers are dropped.
     dropout = any(c.dropout for layer in lora_layers(model).values() for c in layer.configs.values())
     share = config.share_prefix and not dropout
-    plan = Plan(prepare(examples, tokenizer, config), tokenizer.pad_id or 0, config, share)
+    plan = Plan(prepare(examples, tokenizer, config, say), tokenizer.pad_id or 0, config, share)
     optimizer = {"adamw8bit": AdamW8bit, "adamw": AdamW}[config.optimizer](
         parameters.values(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -170,14 +170,21 @@ def examine_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig)
     return examine(tokenizer, rows, config.loss_on, cut, problems=config.problems)
 
 
-def prepare(examples: Sequence[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
-    """One Batch of one row for each row that a micro-batch can draw: an example, or a pack."""
+def prepare(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    say: Callable[[str], object] = lambda text: None,
+) -> list[Batch]:
+    """One Batch of one row for each row that a micro-batch can draw: an example, or a pack; says how full packs are."""
     if not examples:
         raise ValueError("nothing to train on: no rows")
     if config.packing == "none":
         rows = [collate([example], tokenizer.pad_id or 0) for example in examples]
     else:
-        packs = pack(examples, config.max_length, config.packing)  # pyright: ignore[reportArgumentType] (checked by TrainConfig)
+        layout = lay_out([len(example) for example in examples], config.max_length, config.packing)
+        packs = [layout.row(examples, number) for number in range(len(layout))]
+        say(pack_report(layout, packs).format())
         rows = [row for row in packs if row.trained_tokens]  # a wrapped row may hold nothing but a long prompt
     if len(rows) < config.batch_size:
         kind = "rows" if config.packing == "none" else "packed rows"
