@@ -18,7 +18,7 @@ from benchmarks import report
 from benchmarks.harness import Setup, collect, copy_bandwidth, cpu_seconds, cuda_seconds, measure_all, sentence
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("train", "decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding")
+NAMES = ("train", "decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding", "adamw8bit")
 OWN_PROCESSES = ("train",)  # runs the whole stack in processes of its own, on a CPU, at one size
 PEERS = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes")
 ROUNDS = {"cpu": 15, "cuda": 30}

@@ -357,6 +357,60 @@ def quantize(model: str, quantize: str, dtype: str, device: str, output_dir: str
 
 
 @cli.command()
+@click.option("--model", default="smollm2-135m-instruct", help=MODEL_HELP)
+@click.option("--batch", default=8, help="Rows of a micro-batch.")
+@click.option("--length", default=1024, help="Tokens of a row.")
+@click.option("--quantize", type=click.Choice([*FORMATS, "none"]), help="Format of the linear layers.  [default: nf4; "
+              "none with --full]")  # fmt: skip
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bfloat16", help="Type of everything else.")
+@click.option("--rank", "--lora-rank", default=8, help="LoRA: rank.")
+@click.option("--targets", default="all-linear", help="LoRA: all-linear, names by commas, or a regular expression.")
+@click.option("--full", is_flag=True, help="Train all parameters instead of adapters.")
+@click.option("--checkpointing", type=click.Choice(["off", "on", "selective"]), default="off",
+              help="Compute activations again in the backward pass.")  # fmt: skip
+@attention_option
+@click.option("--optimizer", type=click.Choice(["adamw8bit", "adamw"]), default="adamw8bit", help="Of the state.")
+@click.option("--packed", is_flag=True, help="Several documents in a row.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", help="A GPU takes more logits at a time.")
+@click.option("--budget", help="Memory there is, such as 24GB: say the largest batch and the longest rows that fit.")
+def memory(
+    model: str,
+    quantize: str | None,
+    dtype: str,
+    rank: int,
+    targets: str,
+    full: bool,
+    checkpointing: str,
+    budget: str | None,
+    **shape: Any,
+) -> None:
+    """How much memory a training step will take, by category, with the formula of each entry.
+
+    Reads config.json only: nothing is loaded, computed or measured.
+    """
+    from minift.model.config import ModelConfig
+    from minift.numerics.dtypes import DTYPES
+    from minift.quant.config import QuantConfig
+    from minift.sources.resolve import resolve
+    from minift.study.ledger import format_fit, parse_bytes, predict
+    from minift.study.setting import Setting
+
+    limit = parse_bytes(budget) if budget else 0
+    config = ModelConfig.from_folder(resolve(model))
+    format = quantize or ("none" if full else "nf4")
+    stored = None if format == "none" else QuantConfig(format)
+    lora = None if full else _lora({"targets": targets, "rank": rank, "alpha": 16, "dropout": 0.0})
+    again = {"off": False, "on": True}.get(checkpointing, checkpointing)
+    setting = Setting(
+        config, dtype=DTYPES[dtype], quantize=config.quantization or stored, lora=lora,
+        checkpointing=again, **shape,
+    )  # fmt: skip
+    click.echo(predict(setting).format())
+    if limit:
+        click.echo("\n" + format_fit(setting, limit))
+
+
+@cli.command()
 def models() -> None:
     """The names that minift knows, and where they are on this machine."""
     from minift.model.families import FAMILIES

@@ -33,6 +33,7 @@ from minift.adapters.inject import lora_layers
 from minift.cli import DEMO, cli, main
 from minift.model.generate import Sampling, generate
 from minift.sources.resolve import KNOWN
+from minift.study.dataset import look_at
 from minift.study.memory import format_table, group_layers, module_table
 
 Run = Callable[..., tuple[int, str, str]]
@@ -361,6 +362,74 @@ def test_inspect_an_adapter(run: Run, adapter: Path):
     assert (status, stderr) == (0, "")
     parameters = sum(value.numel() for value in load_file(adapter / "adapter_model.safetensors").values())
     assert stdout.splitlines()[-1].split() == ["total", "28", f"{4 * parameters:,}", f"{parameters:,}"]
+
+
+def look(tiny: Path, data: Path, first: int = 3, color: bool = False, **settings: Any) -> Any:
+    config = minift.TrainConfig(**settings)
+    return look_at(minift.load_tokenizer(tiny), minift.read_dataset(data), config, first, color)
+
+
+def test_inspect_a_data_set(run: Run, tiny: Path, data: Path):
+    """Report, batches and the first rows, as the library makes them; the options reach it."""
+    assert run("inspect", "--data", data, "--model", tiny) == (0, f"{look(tiny, data)}\n", "")
+    options = ["--loss-on", "assistant", "--max-length", 70, "--packing", "bfd", "--batch-size", 3, "--rows", 2]
+    status, stdout, stderr = run("inspect", "--model", tiny, "--data", data, *options)
+    settings = {"loss_on": "assistant", "max_length": 70, "packing": "bfd", "batch_size": 3}
+    assert (status, stdout, stderr) == (0, f"{look(tiny, data, 2, **settings)}\n", "")
+    assert "packed (bfd)" in stdout and "row 2: " in stdout and "\nrow 3: " not in stdout and "[" in stdout
+
+
+def test_inspect_shows_what_training_refuses(run: Run, tiny: Path, data: Path):
+    status, stdout, _ = run("inspect", "--data", data, "--model", tiny, "--max-length", 10)
+    assert status == 0
+    assert "8, 8 of them dropped" in stdout and "\nrow 1: its " in stdout
+
+
+def test_inspect_writes_a_page(run: Run, tiny: Path, data: Path):
+    data.write_text(json.dumps({"text": "</pre><script>alert(1)</script>"}))
+    status, stdout, stderr = run("inspect", "--data", data, "--model", tiny, "--loss-on", "all", "--html", "a/b.html")
+    assert (status, stderr) == (0, "")
+    assert stdout.endswith("\nSaved a/b.html\n")
+    page = Path("a/b.html").read_text("utf-8")
+    assert look(tiny, data, loss_on="all")._repr_html_() in page and "<script" not in page
+
+
+@pytest.mark.parametrize(("terminal", "no_color"), [(True, None), (True, ""), (True, "1"), (False, None)])
+def test_colours_only_on_a_terminal_that_wants_them(
+    run: Run, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, no_color: str | None
+):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    wanted = terminal and not no_color
+    assert run("inspect", "--data", data, "--model", tiny)[1] == f"{look(tiny, data, color=wanted)}\n"
+    assert ("\x1b[4;" in str(look(tiny, data, color=wanted))) == wanted
+
+
+def test_inspect_wants_either_a_model_or_data(run: Run, tiny: Path, data: Path):
+    for arguments in ([], [tiny, "--data", data]):
+        error = usage_error(run("inspect", *arguments))
+        assert "WHAT" in error and "--data" in error
+
+
+def test_inspect_names_what_is_wrong_with_data(run: Run, tiny: Path, data: Path):
+    assert "none.jsonl does not exist" in the_error(run("inspect", "--data", "none.jsonl", "--model", tiny))
+    assert "known name" in the_error(run("inspect", "--data", data, "--model", "smollm3"))
+    assert "max_length" in the_error(run("inspect", "--data", data, "--model", tiny, "--max-length", 1))
+    assert "--rows" in usage_error(run("inspect", "--data", data, "--model", tiny, "--rows", -1))
+    with data.open("a") as file:
+        file.write('{"question": "?"}\n')
+    assert "line 9" in the_error(run("inspect", "--data", data, "--model", tiny))
+
+
+def test_settings_of_inspect_are_those_of_a_run():
+    options = {option.name: option for option in cli.commands["inspect"].params if isinstance(option, click.Option)}
+    for setting in fields(minift.TrainConfig):
+        if setting.name in ("loss_on", "max_length", "packing", "batch_size"):
+            option = options[setting.name]
+            assert option.default == setting.default and (option.help or "").endswith(setting.metadata["help"])
+            assert getattr(option.type, "choices", None) == setting.metadata["choices"]
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,13 @@
-"""Adding LoRA to a model: find the layers, wrap them, freeze the rest, say what happened.
+"""Adding LoRA to a model: find the layers (targets.py), wrap them, freeze the rest, say what happened (report.py)."""
 
-Targets are matched as PEFT matches them (`tuners_utils.check_target_module_exists`): a list holds names or ends of
-dotted paths, a single string is a regular expression for the whole path, "all-linear" means every linear layer but the
-head. Matching nothing is refused: a run in which nothing is trained looks like any other until its end.
-"""
-
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
-from minift.adapters.lora import ALL_LINEAR, LoraConfig, LoraLinear
+from minift.adapters.config import LoraConfig
+from minift.adapters.lora import LoraLinear
+from minift.adapters.targets import select
 from minift.quant.linear import QuantizedLinear
-
-HEAD = "lm_head"
 
 
 def add_lora(model: nn.Module, config: LoraConfig | None = None, adapter: str = "default") -> list[str]:
@@ -30,20 +24,33 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, adapter: str = 
     Raises:
         ValueError: nothing matched; lists the names there are.
     """
-    config = config or LoraConfig()
     layers = linear_layers(model)
-    targets = [path for path in layers if is_target(path, config.target_modules)]
-    unmatched = [] if isinstance(config.target_modules, str) else [
-        target for target in config.target_modules if not any(is_target(path, (target,)) for path in layers)
-    ]  # fmt: skip
-    if not targets or unmatched:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path in layers})) or "none"
-        raise ValueError(f"no linear layer matches target {unmatched or config.target_modules!r}; layers here: {names}")
+    architecture = getattr(getattr(model, "config", None), "model_type", None)
+    config, targets = select(list(layers), config or LoraConfig(), architecture)
     check_adapter_name(model, adapter)
+    check_start(layers, targets, config)
     freeze_base(model)
     for path in targets:
-        wrap(model, path).add(adapter, config)
+        wrap(model, path).add(adapter, config, path)
     return targets
+
+
+def check_start(layers: Mapping[str, nn.Module], targets: list[str], config: LoraConfig) -> None:
+    """Refuse an initialization from weights that are not there any more, before anything is changed."""
+    if config.init in ("default", "gaussian", "random"):
+        return
+    for path in targets:
+        layer = layers[path]
+        if not isinstance(layer, nn.Linear):
+            reason = "is quantized" if isinstance(layer, QuantizedLinear) else "has an adapter already"
+            raise ValueError(
+                f"init {config.init!r} needs the original weights, and {path} {reason}; load the model without "
+                "quantization and add this adapter first"
+            )
+        if config.at(path).r > min(layer.weight.shape):
+            raise ValueError(
+                f"init {config.init!r}: rank {config.at(path).r} is larger than {path} {tuple(layer.weight.shape)}"
+            )
 
 
 def check_adapter_name(model: nn.Module, adapter: str) -> None:
@@ -63,8 +70,8 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def adapter_parameters(layer: LoraLinear) -> list[nn.Parameter]:
-    """A and B of every adapter of a layer."""
-    return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
+    """What every adapter of a layer trains."""
+    return [p for name in layer.configs for p in layer.tensors(name).values()]
 
 
 def linear_layers(model: nn.Module) -> Mapping[str, nn.Linear | QuantizedLinear | LoraLinear]:
@@ -77,15 +84,6 @@ def linear_layers(model: nn.Module) -> Mapping[str, nn.Linear | QuantizedLinear 
         if isinstance(module, nn.Linear | QuantizedLinear) and not path.startswith(inside)
     }
     return plain | wrapped
-
-
-def is_target(path: str, target_modules: str | Sequence[str]) -> bool:
-    """Whether PEFT would adapt the linear layer at `path`."""
-    if target_modules == ALL_LINEAR:
-        return path.rpartition(".")[2] != HEAD
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in target_modules)
 
 
 def wrap(model: nn.Module, path: str) -> LoraLinear:

@@ -21,61 +21,16 @@ same seed gives the same A, and adapter files fit both ways (files.py).
 Sources: LoRA, arXiv 2106.09685; PEFT `tuners/lora/layer.py`.
 """
 
-import math
-import re
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minift.adapters.config import ALL_LINEAR, LoraConfig
+from minift.adapters.dora import add_dora, dora_delta, row_norms
+from minift.adapters.initialize import initialize
 from minift.quant.linear import QuantizedLinear
 
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """LoRA's settings.
-
-    Attributes:
-        r: rank.
-        alpha: the change is scaled by alpha / r.
-        dropout: probability of dropping each number of the adapter's input while training.
-        target_modules: "all-linear" (every linear layer but the head); a list of names, each the last part or parts of
-        a
-            module path; or one regular expression that must match a whole path.
-    """
-
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"LoRA rank must be at least 1, got {self.r!r}")
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"LoRA alpha must be positive, got {self.alpha!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout!r}")
-        if isinstance(self.target_modules, str):
-            _check_pattern(self.target_modules)
-        elif not isinstance(self.target_modules, list | tuple | set):
-            raise ValueError(f"LoRA target_modules must be a string or a list of names, got {self.target_modules!r}")
-        else:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.r
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"LoRA target_modules {pattern!r} is not a regular expression: {error}") from None
+__all__ = ["ALL_LINEAR", "AddLowRank", "LoraConfig", "LoraLinear", "Magnitude"]
 
 
 class AddLowRank(torch.autograd.Function):
@@ -102,13 +57,23 @@ class AddLowRank(torch.autograd.Function):
         return grad_y, grad_x, grad_a, grad_b, None
 
 
+class Magnitude(nn.Module):
+    """The sizes of the rows of a weight, fp32 [out], which DoRA trains (dora.py)."""
+
+    def __init__(self, weight_o: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight_o)
+
+
 class LoraLinear(nn.Module):
     """A linear layer and the low-rank changes added to its output.
 
     Attributes:
         base: the layer it wraps, frozen.
         lora_A, lora_B: per adapter name, `nn.Linear` without bias.
-        configs: per adapter name, its settings.
+        lora_magnitude_vector: per adapter name, a `Magnitude`, if it is a DoRA.
+        given: per adapter name, the settings as they were given for the whole model.
+        configs: per adapter name, the settings of this layer, with its own rank and alpha.
         active: names of the adapters that are added up.
     """
 
@@ -116,34 +81,86 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_A, self.lora_B, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.given: dict[str, LoraConfig] = {}
         self.configs: dict[str, LoraConfig] = {}
         self.active: list[str] = []
 
-    def add(self, adapter: str, config: LoraConfig) -> None:
-        """Create and activate an adapter: A uniform in +-1/sqrt(in), B zero."""
-        # On the CPU in fp32 and with PEFT's three draws (A, B, A again), so that one seed gives the same A everywhere.
-        a, b = nn.Linear(self.in_features, config.r, bias=False), nn.Linear(config.r, self.out_features, bias=False)
-        nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-        nn.init.zeros_(b.weight)
+    def add(self, adapter: str, config: LoraConfig, path: str = "") -> None:
+        """Create and activate an adapter, with the initial values that the settings name.
+
+        Args:
+            path: of this layer in the model, which may have a rank and alpha of its own.
+
+        Raises:
+            ValueError: an initialization that changes the weight, of a layer that is quantized already.
+        """
+        own = config.at(path)
+        self.base, a_ri, b_or = initialize(self.base, own)
         device = self.base.weight.device
-        self.lora_A[adapter], self.lora_B[adapter] = (x.to(device).train(self.training) for x in (a, b))
-        self.configs[adapter] = config
+        for matrices, value in ((self.lora_A, a_ri), (self.lora_B, b_or)):
+            matrices[adapter] = _linear(value.to(device)).train(self.training)
+        self.given[adapter], self.configs[adapter] = config, own
+        if own.use_dora:
+            with torch.no_grad():
+                norms_o = row_norms(self.base_weight(), *self.matrices(adapter), own.scaling)
+            self.lora_magnitude_vector[adapter] = Magnitude(norms_o)
         self.active.append(adapter)
+
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter."""
+        for modules in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if adapter in modules:
+                del modules[adapter]
+        del self.given[adapter], self.configs[adapter]
+        self.active = [name for name in self.active if name != adapter]
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight that the adapters were trained on, decoded if it is quantized, fp32 [out, in]."""
+        base = self.base
+        return (base.dequantize(base.dtype) if isinstance(base, QuantizedLinear) else base.weight.detach()).float()
 
     def delta(self, adapter: str) -> Tensor:
         """The change of the weight that the adapter stands for, fp32 [out, in]."""
         a_ri, b_or = self.matrices(adapter)
-        return (b_or @ a_ri) * self.configs[adapter].scaling
+        change_oi = (b_or @ a_ri) * self.configs[adapter].scaling
+        if adapter not in self.lora_magnitude_vector:
+            return change_oi
+        return dora_delta(self.base_weight(), change_oi, self.magnitude(adapter))
 
     def matrices(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, in] and B [out, r] of an adapter."""
         return self.lora_A.get_parameter(f"{adapter}.weight"), self.lora_B.get_parameter(f"{adapter}.weight")
 
+    def magnitude(self, adapter: str) -> nn.Parameter:
+        """The magnitudes [out] of a DoRA."""
+        return self.lora_magnitude_vector.get_parameter(f"{adapter}.weight")
+
+    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """What an adapter trains in this layer, by its name in PEFT's files."""
+        a_ri, b_or = self.matrices(adapter)
+        found = {"lora_A.weight": a_ri, "lora_B.weight": b_or}
+        return found | ({"lora_magnitude_vector": self.magnitude(adapter)} if self.configs[adapter].use_dora else {})
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y = base_y = self.base(x)
         for name in self.active:
             config = self.configs[name]
-            dropped = nn.functional.dropout(x, config.dropout, self.training) if config.dropout else x
-            y = AddLowRank.apply(y, dropped, *self.matrices(name), config.scaling)
+            drops = config.dropout > 0 and self.training
+            dropped = nn.functional.dropout(x, config.dropout) if drops else x
+            if config.use_dora:
+                seen = self.base(dropped) if drops else base_y
+                y = add_dora(
+                    y, seen, self.base.bias, dropped, *self.matrices(name), self.magnitude(name), self.base_weight(),
+                    config.scaling,
+                )  # fmt: skip
+            else:
+                y = AddLowRank.apply(y, dropped, *self.matrices(name), config.scaling)
         return y
+
+
+def _linear(weight_oi: Tensor) -> nn.Linear:
+    """A linear layer without bias around a weight that is to be trained."""
+    linear = nn.Linear(weight_oi.shape[1], weight_oi.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_oi)
+    return linear

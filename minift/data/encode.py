@@ -23,14 +23,14 @@ Equal to TRL's `SFTTrainer` on the same rows: "completion" is its `completion_on
 ends it: one newline further for ChatML.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from minift.data.drafts import LOSS_ON, Draft, LossOn, RowError, drafts
 from minift.data.formats import Row
 from minift.data.tokenizer import Tokenizer
 
-__all__ = ["IGNORE", "LOSS_ON", "Example", "LossOn", "RowError", "cut", "encode", "encode_rows"]
+__all__ = ["IGNORE", "LOSS_ON", "Example", "LossOn", "RowError", "cut", "encode", "encode_named", "encode_rows"]
 
 IGNORE = -100
 
@@ -48,7 +48,8 @@ class Example:
     @property
     def trained_tokens(self) -> int:
         """Labels that count: the first token of a document is predicted from nothing, so it never does."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        labels = self.labels[1:]
+        return len(labels) - labels.count(IGNORE)
 
 
 def encode(
@@ -95,14 +96,24 @@ def encode_rows(
         ValueError: the first row that is refused, by its number, counted from 1.
     """
     numbered = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    examples = []
-    for draft in drafts(tokenizer, numbered, loss_on, special_in_text):
+    return [*encode_named(tokenizer, numbered, loss_on, max_length, special_in_text, drop)]
+
+
+def encode_named(
+    tokenizer: Tokenizer,
+    rows: Iterable[tuple[str, Row]],
+    loss_on: LossOn,
+    max_length: int | None,
+    special_in_text: bool,
+    drop: bool,
+) -> Iterator[Example]:
+    """`encode_rows`, one example after the other, of (name, row); errors name the row so."""
+    for draft in drafts(tokenizer, rows, loss_on, special_in_text):
         try:
-            examples.append(cut(draft, loss_on, max_length))
+            yield cut(draft, loss_on, max_length)
         except RowError:
             if not drop:
                 raise
-    return examples
 
 
 def cut(draft: Draft | RowError, loss_on: LossOn, max_length: int | None) -> Example:

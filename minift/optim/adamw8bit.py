@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,8 +56,8 @@ MIN_8BIT_SIZE = 4096
 ORDERS = ("torch", "bnb")
 # Elements updated at a time: eight fp32 temporaries of a chunk stay in the level-2 cache.
 CHUNK = 1 << 15
-# Elements gathered into a flat buffer at a time, a multiple of CHUNK: two buffers of 4 MB, whatever is trained.
-WINDOW = 1 << 20
+# Elements gathered into a flat buffer at a time, a multiple of CHUNK: two buffers of 512 KB, whatever is trained.
+WINDOW = 1 << 17
 BLOCK_BYTES = 2 * (BLOCK + 4)  # of state: two codes for each value, two scales
 PAGED = {"m_codes": (torch.uint8, BLOCK), "v_codes": (torch.uint8, BLOCK),
          "m_absmax": (torch.float32, 1), "v_absmax": (torch.float32, 1)}  # fmt: skip
@@ -315,10 +316,10 @@ def _adamw8bit_(
 
     first: place of the first element in the sequence of random numbers, a multiple of 4.
     """
-    sizes = _sizes(params)
+    sizes, buffers = _sizes(params), torch.empty(2, min(WINDOW, len(m)), device=m.device)
     for start in range(0, len(m), WINDOW):
         pieces = pieces_of(sizes, start, min(start + WINDOW, len(m)))
-        p_n, g_n = torch.zeros(2, min(WINDOW, len(m) - start), device=m.device)
+        p_n, g_n = buffers[:, : len(m) - start].zero_()  # the padding counts
         held = [params[i].view(-1)[begin:end] for i, begin, end, _ in pieces]
         torch._foreach_copy_(_views(p_n, pieces), held)
         torch._foreach_copy_(_views(g_n, pieces), [grads[i].view(-1)[begin:end] for i, begin, end, _ in pieces])
@@ -330,13 +331,13 @@ def _adamw8bit_(
                 continue
             states = ((m, m_absmax, True), (v, v_absmax, False))
             means = [_decode(codes[here], absmax[_blocks(here)], signed) for codes, absmax, signed in states]
-            _update_(p_n[chunk], g_n[chunk], *means, Factors(*factors))
+            _update_(p_n[chunk], g_n[chunk], means[0], means[1], Factors(*factors))
             for mean, (codes, absmax, signed) in zip(means, states, strict=True):
                 codes[here], absmax[_blocks(here)] = _encode(mean, signed)
         for dtype in {p.dtype for p in held}:
             rounded = _rounded(p_n, dtype, first + start, seed) if stochastic and dtype in TARGETS else p_n
-            chosen = [(p, view) for p, view in zip(held, _views(rounded, pieces), strict=True) if p.dtype == dtype]
-            torch._foreach_copy_(*map(list, zip(*chosen, strict=True)))
+            views = [x for x, p in zip(_views(rounded, pieces), held, strict=True) if p.dtype == dtype]
+            torch._foreach_copy_([p for p in held if p.dtype == dtype], views)
 
 
 @torch.library.impl("minift::adamw8bit_", "cuda")
@@ -358,7 +359,9 @@ def _update_(p_n: Tensor, g_n: Tensor, m_n: Tensor, v_n: Tensor, f: Factors) -> 
     """The formulas of the module's docstring, in place; every operation rounds once. lerp_ and addcmul_ would fuse."""
     m_n.mul_(f.beta1).add_(g_n * f.rest1)
     v_n.mul_(f.beta2).add_((g_n * f.rest2).mul_(g_n))
-    update_n = (m_n * f.rate).div_(v_n.sqrt().add_(f.eps))
+    # numpy's is the processor's instruction; torch's on x86 (MKL's) is now and then not the nearest number.
+    root_n = torch.from_numpy(np.sqrt(v_n.numpy()))
+    update_n = (m_n * f.rate).div_(root_n.add_(f.eps))
     p_n.mul_(f.before).sub_(update_n).mul_(f.after)
 
 

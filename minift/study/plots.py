@@ -1,23 +1,32 @@
-"""Pictures of a run. Colours are safe for colour-blind readers (Okabe and Ito's palette)."""
+"""Pictures: of a run, of where memory goes, of what rounding does.
 
-from collections.abc import Sequence
+Each function computes nothing that it does not draw, writes one PNG file and returns its path. Colours are safe for
+colour-blind readers (Okabe and Ito's palette), and nothing is told by colour alone.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from minift.atomic import atomic_file
+from minift.study.book_memory import FIGURES, MB, predicted_ablations, ram_figure
+from minift.study.ledger import Ledger
+from minift.study.rounding import DECIMALS, Run
 from minift.train.loop import StepRecord
 
 BLUE, ORANGE = "#0072B2", "#E69F00"
+SKY, GREEN, YELLOW, VERMILION, PURPLE, GREY = "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#999999"
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, GREY, "#000000", "#666666")
+WIDTH = 8  # inches, at 150 dots each: that of a notebook's cell
 
 
 def loss_curve(steps: Sequence[StepRecord], path: str | Path, title: str = "Training loss") -> Path:
     """Draw loss and learning rate over the steps of a run into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import; draws without a display
-    from matplotlib.figure import Figure
-
     if not steps:
         raise ValueError("nothing to draw: the run has no steps")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7, 4)
     loss_axes = figure.subplots()
     numbers = [record.step for record in steps]
     loss_axes.plot(numbers, [record.loss for record in steps], color=BLUE, marker="o", markersize=3, label="loss")
@@ -28,6 +37,107 @@ def loss_curve(steps: Sequence[StepRecord], path: str | Path, title: str = "Trai
     lr_axes.set(ylabel="learning rate", ylim=(0, None))
     lines = [*loss_axes.get_lines(), *lr_axes.get_lines()]
     loss_axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
+    return _save(figure, path)
+
+
+def ledger_bars(ledger: Ledger, path: str | Path) -> Path:
+    """Draw the moments of a training step, each a bar of its categories."""
+    figure = _figure(WIDTH, 1.2 + 0.5 * len(ledger.moments))
+    axes = figure.subplots()
+    names = [moment.name for moment in ledger.moments]
+    columns = [moment.categories() for moment in ledger.moments]
+    shown = [name for name in columns[0] if any(column[name] > 1e-3 * ledger.peak for column in columns)]
+    _stack(axes, names, {name: [column[name] / MB for column in columns] for name in shown})
+    axes.set(xlabel="MB", title=f"Memory of a step: peak {ledger.peak / MB:,.0f} MB, {ledger.at_peak.name}")
+    figure.legend(loc="outside lower center", ncols=4)
+    return _save(figure, path)
+
+
+def ram_figures(path: str | Path) -> Path:
+    """Draw the book's five stacks of memory of a model of 360 M parameters, from computed numbers."""
+    figure = _figure(WIDTH, 10)
+    for axes, name in zip(figure.subplots(len(FIGURES)), FIGURES, strict=True):
+        parts = ram_figure(name)
+        colors = [SKY if part.choice else GREY if part.name == "only if eager" else BLUE for part in parts]
+        bars = axes.barh([part.name for part in parts], [part.bytes / MB for part in parts], color=colors)
+        axes.bar_label(bars, [f"{part.bytes / MB:,.0f}" for part in parts], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title(f"gpu_ram-{name} (MB)" + ("; light: choose one" if parts[0].choice else ""), loc="left")
+    return _save(figure, path)
+
+
+def ablation_bars(path: str | Path) -> Path:
+    """Draw the book's measurements of OPT-350M beside the prediction for the same step here."""
+    rows = predicted_ablations()
+    figure = _figure(WIDTH, 6)
+    for axes, attention, which in zip(figure.subplots(2, sharex=True), ("eager", "sdpa"), (1, 2), strict=True):
+        labels = [f"{row.tokens}, {'LoRA' if row.lora else 'full'}{', ckpt' * row.checkpointing}" for row, *_ in rows]
+        places = range(len(rows))
+        book = [getattr(row[0], attention) for row in rows]
+        axes.bar([x - 0.2 for x in places], book, 0.4, color=BLUE, label="measured in the book")
+        axes.bar([x + 0.2 for x in places], [row[which] for row in rows], 0.4, color=ORANGE, hatch="//",
+                 label="predicted here")  # fmt: skip
+        axes.set(ylabel="MB", title=f"OPT-350M, one row, {attention} attention", xticks=list(places))
+        axes.set_xticklabels(labels, rotation=30, ha="right")
+        axes.legend()
+    return _save(figure, path)
+
+
+def rounding_walks(walks: Mapping[str, Tensor], path: str | Path) -> Path:
+    """Draw a weight under random updates, rounded to 3 to 7 decimals: down on the left, by chance on the right.
+
+    Args:
+        walks: what `minift.study.rounding.walks` returns.
+    """
+    figure = _figure(WIDTH, 4)
+    left, right = figure.subplots(1, 2)
+    every = max(1, len(walks["exact"]) // 2000)  # more points than the picture has dots
+    for axes, mode, title in ((left, "down", "rounded down"), (right, "stochastic", "rounded by chance")):
+        steps = range(0, len(walks["exact"]), every)
+        for column, (decimals, style) in enumerate(zip(DECIMALS, ("-", "--", "-.", ":", "-"), strict=True)):
+            label = f"{decimals} decimals, ends at {walks[mode][-1, column]:.4f}"
+            axes.plot(steps, walks[mode][::every, column], style, color=PALETTE[column], label=label)
+        axes.plot(steps, walks["exact"][::every], color="black", linewidth=0.8, label="fp32")
+        axes.set(xlabel="update", title=title)
+        axes.legend(fontsize="small")
+    left.set_ylabel("weight")
+    return _save(figure, path)
+
+
+def stalled_losses(runs: Mapping[str, Run], path: str | Path) -> Path:
+    """Draw the losses of `minift.study.rounding.stalled_run`."""
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    for (name, run), color, style in zip(runs.items(), PALETTE, ("-", "--", ":"), strict=False):
+        label = name if name == "fp32" else f"bfloat16, {name}"
+        axes.semilogy(run.loss, style, color=color, label=f"{label}: {run.loss[-1]:.2g}")
+    axes.set(xlabel="step", ylabel="mean squared error", title="Weights rounded after every step")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _stack(axes: Any, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+    """Horizontal bars, one for each name, of parts side by side."""
+    left = [0.0] * len(names)
+    hatches = ("", "//", "", "..", "", "\\\\", "", "xx", "", "--")
+    for (part, sizes), color, hatch in zip(parts.items(), PALETTE, hatches, strict=False):
+        axes.barh(names, sizes, left=left, color=color, hatch=hatch, edgecolor="white", label=part)
+        left = [begin + size for begin, size in zip(left, sizes, strict=True)]
+    axes.invert_yaxis()
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import; draws without a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     with atomic_file(path) as place:
         figure.savefig(place, format="png", dpi=150)

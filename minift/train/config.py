@@ -16,6 +16,7 @@ PACKING = ("none", *STRATEGIES)
 LEAST = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "weight_decay": 0,
     "max_grad_norm": 0, "max_length": 2, "seed": 0, "save_every": 0, "log_every": 1,
+    "eval_every": 0, "patience": 0, "keep_last": 1,
 }  # fmt: skip
 
 
@@ -58,10 +59,17 @@ class TrainConfig:
     seed: int = _setting(0, "Seed of data order and dropout.")
     output_dir: str = _setting("minift-run", "Folder for checkpoints, log and the trained adapter.")
     save_every: int = _setting(0, "Steps between checkpoints; 0 saves one at the end or when stopped.")
+    keep_last: int = _setting(2, "Newest checkpoints that stay; older ones are deleted.")
+    eval_every: int = _setting(0, "Steps between looks at the evaluation rows; 0 looks only after the last step.")
+    patience: int = _setting(0, "Stop early after this many looks without a lower evaluation loss; 0 never does.")
+    best: bool = _setting(
+        False, "Keep the checkpoint of the lowest evaluation loss, too, and end with its weights instead of the last."
+    )
     resume: bool = _setting(
         False, "Go on from the newest checkpoint in output_dir, if there is one; else those there are deleted."
     )
-    log_every: int = _setting(1, "Steps between entries of the log.")
+    log_every: int = _setting(1, "Steps between entries of log.json; log.jsonl has every step.")
+    tensorboard: bool = _setting(True, "Write events for TensorBoard, too, where that is installed.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
@@ -69,6 +77,9 @@ class TrainConfig:
             self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length draws batches in random order: leave shuffle on, or group_by_length off")
+        if not self.eval_every and (self.patience or self.best):
+            name = "patience" if self.patience else "best"
+            raise ValueError(f"{name} compares evaluations during the run: set eval_every to a number of steps")
 
     def _check(self, name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
         """Among the choices, of the default's type (a whole number is a fine float), finite and in range."""

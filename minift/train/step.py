@@ -12,7 +12,7 @@ Labels are shifted here and nowhere else: the hidden state of token i predicts t
 are dropped before the head, which multiplies every remaining one by the whole vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from minift.data.collate import Batch
 from minift.data.encode import IGNORE
 from minift.model.attention import SharedPrefix
 from minift.model.decoder import CausalLM
+from minift.train.faults import where_not_finite
 
 # Logits that exist at a time: 34 MB in fp32 on a CPU, 0.5 GB on a GPU, which needs larger products to be busy.
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -64,6 +65,12 @@ def head_loss(head: Callable[[Tensor], Tensor], hidden_nd: Tensor, target_n: Ten
     return F.cross_entropy(head(hidden_nd).float(), target_n, reduction="sum")
 
 
+def head_pieces(model: CausalLM, hidden_nd: Tensor, target_n: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states and targets, as many rows at a time as may have logits at a time."""
+    rows = max(1, LOGITS_AT_ONCE.get(hidden_nd.device.type, LOGITS_AT_ONCE["cpu"]) // model.config.vocab_size)
+    return zip(hidden_nd.split(rows), target_n.split(rows), strict=True)
+
+
 def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of -log p over the trained tokens of a batch, fp32 []."""
     return head_loss(model.logits, *trained_rows(model, batch))
@@ -77,9 +84,8 @@ def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing
     """
     hidden_nd, target_n = trained_rows(model, batch, gradient_checkpointing)
     leaf_nd = hidden_nd.detach().requires_grad_()
-    rows = max(1, LOGITS_AT_ONCE.get(leaf_nd.device.type, LOGITS_AT_ONCE["cpu"]) // model.config.vocab_size)
     total = torch.zeros((), device=leaf_nd.device)
-    for piece_nd, piece_n in zip(leaf_nd.split(rows), target_n.split(rows), strict=True):
+    for piece_nd, piece_n in head_pieces(model, leaf_nd, target_n):
         loss = head_loss(model.logits, piece_nd, piece_n) / divisor
         loss.backward()
         total += loss.detach()
@@ -98,7 +104,8 @@ def train_step(
     """Forward, backward, clip, update.
 
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; the parameters are left as they were.
+        FloatingPointError: the loss or a gradient is not finite (faults.py names where that began).
+        ValueError: a parameter that requires a gradient got none. In both cases parameters stay as they were.
     """
     trained = sum(batch.trained_tokens for batch in micro_batches)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -107,18 +114,24 @@ def train_step(
     for batch in micro_batches:
         loss += backward(model, batch.to(model.device), trained, gradient_checkpointing)
 
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        optimizer.zero_grad(set_to_none=True)
+        raise ValueError(
+            f"{len(missing)} trained parameters got no gradient, the first is {missing[0]}: the loss does not depend "
+            "on them; freeze them with requires_grad_(False), or activate the adapter that they belong to"
+        )
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     if not (loss.isfinite() and grad_norm.isfinite()):
-        message = f"loss {loss.item()}, gradient norm {grad_norm.item()}: {_first_bad(model)}"
+        where = where_not_finite(model, lambda: [_look(model, batch.to(model.device)) for batch in micro_batches])
         optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(message)
+        raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()}: {where}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepStats(loss.item(), grad_norm.item(), trained, sum(batch.tokens for batch in micro_batches))
 
 
-def _first_bad(model: nn.Module) -> str:
-    for name, p in model.named_parameters():
-        if p.grad is not None and not p.grad.isfinite().all():
-            return f"the gradient of {name} is not finite; lower lr, or check the weights"
-    return "lower lr, or check the weights"
+def _look(model: CausalLM, batch: Batch) -> None:
+    """The forward pass alone."""
+    for piece_nd, _ in head_pieces(model, *trained_rows(model, batch)):
+        model.logits(piece_nd)

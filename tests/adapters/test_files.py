@@ -318,16 +318,14 @@ def test_an_adapter_without_tensors(saved: Path, tiny: Path):
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"peft_type": "PROMPT_TUNING"}, "supported: LORA"),
         ({"peft_type": None}, "peft_type None"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"use_rslora": True}, "use_rslora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"bias": "all"}, "bias='all'"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"rank_pattern": 2}, "rank_pattern"),
+        ({"rank_pattern": {"(q_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha must be positive"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         # These change what the layer computes, or the base weights that the adapter belongs to.
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"use_qalora": True}, "use_qalora"),
@@ -335,10 +333,9 @@ def test_an_adapter_without_tensors(saved: Path, tiny: Path):
         ({"arrow_config": {"top_k": 2}}, "arrow_config"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
         ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}}, "loftq_bits=8"),
         ({"init_lora_weights": "corda"}, "init_lora_weights"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
     ],
@@ -350,13 +347,20 @@ def test_settings_that_are_not_computed_here_are_refused_by_name(saved: Path, ti
     assert word in message and CONFIG in message
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}], ids=str)
-def test_real_adapters_of_these_kinds_are_refused(tiny: Path, tmp_path: Path, options: dict):
-    """As PEFT writes them, not as the test above imagines them. PiSSA also changes the base weights: read as plain
-    LoRA over the original ones, its adapter would give other logits without a word."""
-    theirs = theirs_with(tiny, peft.LoraConfig(r=3, target_modules=["q_proj"], **options))
-    theirs.save_pretrained(tmp_path)
-    assert next(iter(options)) in refusal(tmp_path, tiny)
+def test_a_real_adapter_of_a_refused_kind_is_refused(tiny: Path, tmp_path: Path):
+    """As PEFT writes it. This initialization puts other numbers in place of the base weights, drawn at random: read as
+    plain LoRA over the original ones, its adapter would give other logits without a word."""
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")  # pyright: ignore
+    theirs_with(tiny, settings).save_pretrained(tmp_path)
+    assert "init_lora_weights='pissa_niter_4'" in refusal(tmp_path, tiny)
+
+
+def test_settings_that_ask_for_other_tensors_than_there_are(saved: Path, tiny: Path):
+    edit_config(saved, use_dora=True)
+    assert "lacks lora_magnitude_vector" in refusal(saved, tiny)
+    edit_config(saved, use_dora=False, rank_pattern={"q_proj": 2})
+    message = refusal(saved, tiny)
+    assert "layers.0.self_attn.q_proj" in message and "(2, 64)" in message
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minift.quant.blockwise import TINY
-from minift_kernels import blockwise, flash, fourbit, matmul, rounding
+from minift_kernels import adamw8bit, blockwise, flash, fourbit, matmul, rounding
 
 # Arguments that are pointers to 32-bit floats, bytes, and sizes; x, bias and out differ from case to case.
 BYTES = {"packed_ptr", "codes_ptr", "order_ptr"}
@@ -51,6 +51,17 @@ def matmul_case(rows: int, aligned: bool, dtype: str) -> tuple:
 def rounding_case(dtype: torch.dtype) -> tuple:
     constants = rounding.TARGETS[dtype] | {"COUNTERS": rounding.COUNTERS}
     return rounding._stochastic_round_kernel, {"x_ptr": "*i32", "out_ptr": "*i16", "seed": "i64"}, constants, {}
+
+
+def adamw8bit_case(dtype: torch.dtype, eight_bit: bool = True, stochastic: bool = False) -> tuple:
+    constants = adamw8bit.constants(dtype, dtype, True, eight_bit, stochastic)
+    types: dict[str, str] = {"addresses_ptr": "*i64", "tiles_ptr": "*i64", "seed": "i64", "first": "i64"}
+    types |= dict.fromkeys(["before", "after", "beta1", "rest1", "beta2", "rest2", "rate", "eps"], "fp32")
+    if eight_bit:
+        types |= {"m_ptr": "*u8", "v_ptr": "*u8"}
+    else:
+        constants |= dict.fromkeys(["m_absmax_ptr", "v_absmax_ptr"])
+    return adamw8bit._adamw8bit_kernel, types, constants, EXACT | {"num_warps": 8}
 
 
 def flash_cases(dtype: torch.dtype, width: int, cap: bool = False) -> dict[str, tuple]:
@@ -92,6 +103,11 @@ CASES = {
         EXACT | {"num_warps": 8}),
     "dequantize 8 bit, bf16": (
         blockwise._dequantize_blockwise_kernel, {"out_ptr": "*bf16"}, TILE_256 | {"ROUND_BY_BITS": False}, EXACT),
+    "adamw8bit, fp32": adamw8bit_case(torch.float32),
+    "adamw8bit, bf16": adamw8bit_case(torch.bfloat16),
+    "adamw8bit, bf16, stochastic": adamw8bit_case(torch.bfloat16, stochastic=True),
+    "adamw8bit, fp16, stochastic": adamw8bit_case(torch.float16, stochastic=True),
+    "adamw8bit, fp32 state": adamw8bit_case(torch.float32, eight_bit=False),
     "round to bf16": rounding_case(torch.bfloat16),
     "round to fp16": rounding_case(torch.float16),
     **{
@@ -157,7 +173,8 @@ def test_arithmetic_is_exact(name: str, capability: int):
     """Divisions are rounded correctly, denormals are not flushed, products and sums are fused only where asked for."""
     ptx = compile_case(name, capability).asm["ptx"]
     divisions = set(re.findall(r"\b(?:div|rcp)\.[\w.]+", ptx))
-    assert divisions == ({"div.rn.f32"} if name.startswith("quantize") else set())
+    assert divisions == ({"div.rn.f32"} if name.startswith(("quantize", "adamw8bit")) else set())
+    assert set(re.findall(r"\bsqrt\.[\w.]+", ptx)) == ({"sqrt.rn.f32"} if name.startswith("adamw8bit") else set())
     assert ".ftz" not in ptx
     if not name.startswith("matmul"):
         assert "fma." not in ptx
@@ -169,6 +186,14 @@ def test_memory_is_moved_16_bytes_at_a_time(name: str, capability: int):
     """Reading for quantizing, writing for dequantizing: the larger side, which bounds the speed."""
     ptx = compile_case(name, capability).asm["ptx"]
     assert ("st.global.v4" if name.startswith("dequantize") else "ld.global.v4") in ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("name", "width"), [("adamw8bit, fp32", "v4"), ("adamw8bit, bf16", "v4")])
+def test_parameters_behind_addresses_are_moved_16_bytes_at_a_time(name: str, width: str, capability: int):
+    """The compiler knows nothing of an address that it loads, but what the kernel tells it."""
+    ptx = compile_case(name, capability).asm["ptx"]
+    assert f"ld.global.{width}" in ptx and f"st.global.{width}" in ptx
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

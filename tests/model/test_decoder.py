@@ -155,11 +155,12 @@ def test_scaled_positions_matter(tmp_path: Path, case: str):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_greedy_text_of_every_family(folders: dict[str, Path], family: str, attention: str):
-    """Past the window, with the key/value cache, rows of unequal length: as transformers decodes each row alone."""
+@pytest.mark.parametrize("lengths", [(13, 3), (5, 5)], ids=["padded", "not padded"])
+def test_greedy_text_of_every_family(folders: dict[str, Path], family: str, attention: str, lengths: tuple[int, int]):
+    """Past the window, with the key/value cache, rows side by side: as transformers decodes each row alone."""
     ours, theirs = both(folders[family], attention)
     generate: Any = theirs.generate
-    prompts = [random_ids(ours.config, length).tolist() for length in (13, 3)]
+    prompts = [random_ids(ours.config, length).tolist() for length in lengths]
     columns = torch.stack(list(generate_tokens(ours, prompts, 12, stop_ids=())), dim=1)
     for prompt, row in zip(prompts, columns.tolist(), strict=True):
         expected = generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)

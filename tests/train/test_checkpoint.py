@@ -58,7 +58,9 @@ def test_these_files_and_no_others(output: Path):
             for step in (6, 7)
             for name in ("optimizer.safetensors", "state.json", "trainable.safetensors")
         ),
+        "config.json",
         "log.json",
+        "log.jsonl",
     ]
 
 
@@ -111,9 +113,12 @@ OTHER_VALUES = {
     "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "optimizer": "adamw", "loss_on": "all",
     "max_length": 99, "packing": "bfd", "share_prefix": False, "shuffle": False, "seed": 1,
     "gradient_checkpointing": True, "output_dir": "elsewhere", "save_every": 3, "resume": True, "log_every": 2,
-    "group_by_length": True, "problems": "drop",
+    "group_by_length": True, "problems": "drop", "keep_last": 5, "eval_every": 3, "patience": 2, "best": True,
+    "tensorboard": False,
 }  # fmt: skip
-FREE = {"gradient_checkpointing", "output_dir", "save_every", "resume", "log_every"}
+FREE = {
+    "gradient_checkpointing", "output_dir", "save_every", "resume", "log_every", "keep_last", "patience", "tensorboard",
+}  # fmt: skip
 
 
 def small(**changed: Any) -> torch.nn.Module:
@@ -134,7 +139,7 @@ def with_lora(**changed: Any) -> torch.nn.Module:
     return model
 
 
-def identity(examples: list[Example] = EXAMPLES, model: torch.nn.Module | None = None, **settings: Any) -> str:
+def identity(examples: list[Example] = EXAMPLES, model: torch.nn.Module | None = None, **settings: Any) -> Any:
     return fingerprint(examples, model or small(), TrainConfig(**settings))
 
 
@@ -146,7 +151,8 @@ def test_every_setting_has_been_thought_of():
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_settings_that_decide_what_a_step_does_are_part_of_the_identity(name: str):
-    assert (identity(**{name: OTHER_VALUES[name]}) == identity()) == (name in FREE)
+    base = {"eval_every": 1 if name in ("patience", "best") else 0}  # these two need evaluations
+    assert (identity(**base | {name: OTHER_VALUES[name]}) == identity(**base)) == (name in FREE)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +211,10 @@ def test_a_shared_parameter_that_is_trained_is_not_either():
         return model
 
     assert identity(model=tied(1.0)) == identity(model=tied(2.0))
+
+
+def test_evaluation_rows_are_part_of_the_identity():
+    """The best step is the best on these."""
+    ours = fingerprint(EXAMPLES, small(), TrainConfig(), EXAMPLES[:1])
+    assert ours != fingerprint(EXAMPLES, small(), TrainConfig(), EXAMPLES[1:])
+    assert ours != identity() == fingerprint(EXAMPLES, small(), TrainConfig(), [])

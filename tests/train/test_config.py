@@ -10,7 +10,7 @@ from minift.train.config import TrainConfig
 
 INTEGERS = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "max_length": 2,
-    "seed": 0, "save_every": 0, "log_every": 1,
+    "seed": 0, "save_every": 0, "log_every": 1, "keep_last": 1, "eval_every": 0, "patience": 0,
 }  # with the smallest value  # fmt: skip
 NUMBERS = ("lr", "weight_decay", "max_grad_norm")
 CHOICES = {
@@ -20,7 +20,7 @@ CHOICES = {
     "problems": ("stop", "drop"),
     "packing": ("none", "bfd", "bfd_split", "wrapped"),
 }
-SWITCHES = ("share_prefix", "shuffle", "group_by_length", "gradient_checkpointing", "resume")
+SWITCHES = ("share_prefix", "shuffle", "group_by_length", "gradient_checkpointing", "resume", "best", "tensorboard")
 
 BELOW = [(name, least - 1) for name, least in INTEGERS.items()] + [(name, -100) for name in INTEGERS]
 NEGATIVE = [("lr", 0), ("lr", 0.0), ("lr", -1e-4), ("weight_decay", -1e-9), ("max_grad_norm", -0.5)]
@@ -101,3 +101,11 @@ def test_every_field_has_a_help_text_and_its_choices():
 def test_batches_by_length_are_drawn_at_random():
     with pytest.raises(ValueError, match="group_by_length draws batches in random order: leave shuffle on"):
         TrainConfig(group_by_length=True, shuffle=False)
+
+
+@pytest.mark.parametrize("setting", [{"patience": 1}, {"best": True}], ids=str)
+def test_what_compares_evaluations_needs_some(setting: dict[str, Any]):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"^{name} compares evaluations during the run: set eval_every"):
+        TrainConfig(**setting)
+    assert TrainConfig(**setting, eval_every=1).eval_every == 1

@@ -248,7 +248,7 @@ def test_a_real_ctrl_c_leaves_a_complete_checkpoint(tiny: Path, tmp_path: Path, 
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert out == "finished False 3 None\n"  # the third step was under way, and was finished
-    assert names(output) == ["checkpoints", "log.json"]
+    assert names(output) == ["checkpoints", "config.json", "log.json", "log.jsonl"]
     assert names(output / "checkpoints") == ["step-000003"]
 
     chosen: dict[str, Any] = {"gradient_accumulation": 2, "save_every": 0}
@@ -291,7 +291,11 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny: Path, make_model: Any, 
     assert names(stopped / "checkpoints") == ["step-000004", "step-000005"]
 
 
-@pytest.mark.parametrize("changed", [{"save_every": 1}, {"log_every": 3}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [{"save_every": 1}, {"log_every": 3}, {"gradient_checkpointing": True}, {"keep_last": 1}, {"tensorboard": False}],
+    ids=str,
+)
 def test_what_does_not_touch_a_step_may_change(tiny: Path, make_model: Any, stopped: Path, changed: dict[str, Any]):
     result = run(make_model(tiny), tiny, settings(stopped, resume=True, **changed))
     assert result.finished and len(result.steps) == STEPS
@@ -427,7 +431,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(
     monkeypatch.setattr(checkpoint, "save_file", filling_up)
     with pytest.raises(OSError, match="No space left"):
         run(make_model(tiny, dropout=0.1), tiny, settings(tmp_path / "run"))
-    assert names(tmp_path / "run") == ["checkpoints"]
+    assert names(tmp_path / "run") == ["checkpoints", "config.json", "log.jsonl"]
     assert names(tmp_path / "run" / "checkpoints") == ["step-000002"]
     monkeypatch.undo()
     result = run(make_model(tiny, dropout=0.1), tiny, settings(tmp_path / "run", resume=True))
@@ -460,7 +464,7 @@ def test_an_adapter_that_cannot_be_saved_does_not_cost_the_run(
     with pytest.raises(OSError, match="No space left"):
         run(make_model(tiny), tiny, settings(tmp_path))
     monkeypatch.undo()
-    assert names(tmp_path) == ["checkpoints", "log.json"]
+    assert names(tmp_path) == ["checkpoints", "config.json", "log.json", "log.jsonl"]
     model = make_model(tiny, seed=1)
     result = run(model, tiny, settings(tmp_path, resume=True))
     assert result.finished and result.adapter == tmp_path / "adapter"
