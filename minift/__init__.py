@@ -20,6 +20,7 @@ Tensor names end in their dimensions (`x_bsd`, `weight_oi`):
 from minift.adapters.files import load_adapter, save_adapter
 from minift.adapters.inject import add_lora
 from minift.adapters.lora import LoraConfig
+from minift.adapters.many import combine, disabled, set_adapter
 from minift.adapters.merge import merge_lora
 from minift.data.collate import Batch, collate, flatten
 from minift.data.encode import Example, encode
@@ -55,6 +56,8 @@ __all__ = [
     "TrainResult",
     "add_lora",
     "collate",
+    "combine",
+    "disabled",
     "encode",
     "examine",
     "flatten",
@@ -68,6 +71,7 @@ __all__ = [
     "resize_embeddings",
     "save_adapter",
     "save_model",
+    "set_adapter",
     "train",
     "use_template",
 ]

@@ -160,7 +160,8 @@ def _check_shapes(
     config: LoraConfig,
 ) -> None:
     r = config.at(path).r
-    needed = dict(zip(_parts(config), [(r, layer.in_features), (layer.out_features, r), (layer.out_features,)], strict=False))
+    sizes = [(r, layer.in_features), (layer.out_features, r), (layer.out_features,)]
+    needed = dict(zip(_parts(config), sizes, strict=False))
     lacking = [name.removesuffix(".weight") for name in needed if name not in found]
     if lacking:
         raise ValueError(f"{folder / WEIGHTS}: {path} lacks {', '.join(lacking)}")
