@@ -48,7 +48,6 @@ from minift.numerics.dtypes import DTYPES
 from minift.numerics.rounding import TARGETS, _floor_quanta, random_words
 from minift.optim.adamw import Optimizer, check_hyperparameters
 from minift.optim.paging import Page, PagePool
-from minift.quant.blockwise import TINY
 from minift.quant.codebooks import dynamic_map, nearest_dynamic
 
 BLOCK = 256
@@ -179,8 +178,9 @@ class AdamW8bit(Optimizer):
             torch.ops.minift.adamw8bit_(params, grads, *(state[name] for name in PAGED), *recipe, 0)
             return
         if index not in self._pages:
-            pages, sizes = self.pool.add(*(state[name].view(-1, PAGED[name][1]) for name in PAGED)), _sizes(params)
-            self._pages[index] = [(page, pieces_of(sizes, page.start * BLOCK, page.stop * BLOCK)) for page in pages]
+            pages = self.pool.add(*(state[name].view(-1, PAGED[name][1]) for name in PAGED))
+            pieces = pieces_of([p.numel() for p in params], pages[0].stop * BLOCK)
+            self._pages[index] = list(zip(pages, pieces, strict=True))
         # Forwards and backwards in turn: the last pages of the step before are still on the device.
         walk = self._pages[index][:: 1 if state["step"] % 2 else -1]
         for number, (page, pieces) in enumerate(walk):
@@ -228,10 +228,6 @@ def _padded(p: Tensor) -> int:
     return -(-p.numel() // BLOCK) * BLOCK
 
 
-def _sizes(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.numel() for tensor in tensors]
-
-
 def _signed(key: int) -> int:
     """64 bits as the operator takes them."""
     return key - (1 << 64) if key >= 1 << 63 else key
@@ -250,20 +246,25 @@ def _with_dense(update: Callable, params: list[Tensor], *arguments: Any) -> None
 Pieces = list[tuple[int, int, int, int]]
 
 
-def pieces_of(sizes: Sequence[int], start: int, stop: int) -> Pieces:
-    """What lies in [start, stop) of the flat buffer: (tensor, its first element, its last + 1, place after start).
+def pieces_of(sizes: Sequence[int], width: int) -> list[Pieces]:
+    """Cut the flat buffer into ranges and say what lies in each: (tensor, its first element, its last + 1, place in
+    the range).
 
     Args:
         sizes: elements of each tensor; in the buffer it is padded to whole blocks.
-        start, stop: multiples of BLOCK.
+        width: of a range, a multiple of BLOCK; the last one may be shorter.
     """
-    found, place = [], 0
+    ranges, place = [], 0
     for index, n in enumerate(sizes):
-        begin, end = max(start - place, 0), min(stop - place, n)
-        if begin < end:
-            found.append((index, begin, end, place + begin - start))
+        begin = 0
+        while begin < n:
+            number, within = divmod(place + begin, width)
+            ranges += [[] for _ in range(number + 1 - len(ranges))]
+            end = min(n, begin + width - within)
+            ranges[number].append((index, begin, end, within))
+            begin = end
         place += -(-n // BLOCK) * BLOCK
-    return found
+    return ranges
 
 
 class Factors(NamedTuple):
@@ -316,9 +317,9 @@ def _adamw8bit_(
 
     first: place of the first element in the sequence of random numbers, a multiple of 4.
     """
-    sizes, buffers = _sizes(params), torch.empty(2, min(WINDOW, len(m)), device=m.device)
-    for start in range(0, len(m), WINDOW):
-        pieces = pieces_of(sizes, start, min(start + WINDOW, len(m)))
+    buffers = torch.empty(2, min(WINDOW, len(m)), device=m.device)
+    for number, pieces in enumerate(pieces_of([p.numel() for p in params], WINDOW)):
+        start = number * WINDOW
         p_n, g_n = buffers[:, : len(m) - start].zero_()  # the padding counts
         held = [params[i].view(-1)[begin:end] for i, begin, end, _ in pieces]
         torch._foreach_copy_(_views(p_n, pieces), held)
@@ -330,10 +331,15 @@ def _adamw8bit_(
                 _update_(p_n[chunk], g_n[chunk], m[here], v[here], Factors(*factors))
                 continue
             states = ((m, m_absmax, True), (v, v_absmax, False))
-            means = [_decode(codes[here], absmax[_blocks(here)], signed) for codes, absmax, signed in states]
+            means = [
+                torch.ops.minift.dequantize_blockwise(
+                    codes[here], absmax[_blocks(here)], _map(signed, codes.device), BLOCK, torch.float32
+                )
+                for codes, absmax, signed in states
+            ]
             _update_(p_n[chunk], g_n[chunk], means[0], means[1], Factors(*factors))
             for mean, (codes, absmax, signed) in zip(means, states, strict=True):
-                codes[here], absmax[_blocks(here)] = _encode(mean, signed)
+                codes[here], absmax[_blocks(here)] = torch.ops.minift.quantize_blockwise(mean, signed, BLOCK)
         for dtype in {p.dtype for p in held}:
             rounded = _rounded(p_n, dtype, first + start, seed) if stochastic and dtype in TARGETS else p_n
             views = [x for x, p in zip(_views(rounded, pieces), held, strict=True) if p.dtype == dtype]
@@ -376,16 +382,6 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 
 def _blocks(here: slice) -> slice:
     return slice(here.start // BLOCK, here.stop // BLOCK)
-
-
-def _decode(codes_n: Tensor, absmax_m: Tensor, signed: bool) -> Tensor:
-    return torch.ops.minift.dequantize_blockwise(codes_n, absmax_m, _map(signed, codes_n.device), BLOCK, torch.float32)
-
-
-def _encode(mean_n: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    absmax_m = mean_n.view(-1, BLOCK).abs().amax(1)
-    normalized_mc = mean_n.view(-1, BLOCK) * (1.0 / absmax_m.clamp(min=TINY)).unsqueeze(1)
-    return nearest_dynamic(signed, mean_n.device)(normalized_mc.view(-1)), absmax_m
 
 
 def _rounded(p_n: Tensor, dtype: torch.dtype, first: int, seed: int) -> Tensor:
