@@ -18,8 +18,10 @@ from benchmarks import report
 from benchmarks.harness import Setup, collect, copy_bandwidth, cpu_seconds, cuda_seconds, measure_all, sentence
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("train", "decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding", "adamw8bit")
-OWN_PROCESSES = ("train",)  # runs the whole stack in processes of its own, on a CPU, at one size
+NAMES = (
+    "train", "data", "decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding", "adamw8bit",
+)  # fmt: skip
+OWN_PROCESSES = ("train", "data")  # run the whole stack in processes of their own, on a CPU, at one size
 PEERS = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes")
 ROUNDS = {"cpu": 15, "cuda": 30}
 
@@ -73,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.device = arguments.device or ("cuda" if has_gpu else "cpu")
     apart = arguments.device == "cuda" or arguments.compile or arguments.quick
     if apart and set(arguments.names) & set(OWN_PROCESSES):
-        parser.error("train runs on a CPU, at one size and not compiled: leave --device cuda, --compile, --quick out")
+        parser.error("train and data run on a CPU, at one size: leave --device cuda, --compile, --quick out")
     arguments.names = arguments.names or [name for name in NAMES if not (apart and name in OWN_PROCESSES)]
     return arguments
 

@@ -20,7 +20,17 @@ from torch import Tensor
 
 import minift.quant
 from benchmarks import __main__ as program
-from benchmarks import bench_blockwise, bench_fourbit, bench_int8, bench_linear, bench_rounding, bench_train, harness
+from benchmarks import (
+    bench_adamw8bit,
+    bench_attention,
+    bench_blockwise,
+    bench_fourbit,
+    bench_int8,
+    bench_linear,
+    bench_rounding,
+    bench_train,
+    harness,
+)
 from benchmarks.harness import Row, Setup, check_bits, check_close, measure
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +249,9 @@ def test_check_close():
 
 # --- the real rows ----------------------------------------------------------------------------------------------------
 
-MODULES = [bench_fourbit, bench_blockwise, bench_linear, bench_int8, bench_rounding]
+MODULES = [
+    bench_attention, bench_fourbit, bench_blockwise, bench_linear, bench_int8, bench_rounding, bench_adamw8bit,
+]  # fmt: skip
 
 
 def spoil(result: Any) -> Any:
@@ -400,7 +412,7 @@ def test_compiled_rows_say_so(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["fourbits"], "unknown benchmark fourbits: choose from train, fourbit,"),
+        (["fourbits"], "unknown benchmark fourbits: choose from train, data, decoder,"),
         (["report", "fourbit"], "run it alone"),
         (["train", "--quick"], "train runs on a CPU"),
         (["train", "--compile"], "train runs on a CPU"),
@@ -420,8 +432,10 @@ def test_bad_arguments(arguments: list[str], sentence: str, capsys: pytest.Captu
 
 
 def test_without_names_all_that_make_sense():
-    assert program.parse(["--device", "cpu"]).names == ["train", "fourbit", "blockwise", "linear", "int8", "rounding"]
-    assert program.parse(["--device", "cpu", "--quick"]).names == ["fourbit", "blockwise", "linear", "int8", "rounding"]
+    own = ["train", "data"]
+    rest = ["decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding", "adamw8bit"]
+    assert program.parse(["--device", "cpu"]).names == [*own, *rest]
+    assert program.parse(["--device", "cpu", "--quick"]).names == rest
 
 
 def test_help_in_a_process_of_its_own():
