@@ -414,8 +414,8 @@ def test_compiled_rows_say_so(
     [
         (["fourbits"], "unknown benchmark fourbits: choose from train, data, decoder,"),
         (["report", "fourbit"], "run it alone"),
-        (["train", "--quick"], "train runs on a CPU"),
-        (["train", "--compile"], "train runs on a CPU"),
+        (["train", "--quick"], "train and data run on a CPU"),
+        (["train", "--compile"], "train and data run on a CPU"),
         (["--rounds", "1"], "choose at least 2"),
         (["--rounds", "many"], "invalid"),
         pytest.param(
