@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 MODEL_HELP = "A known name (see `minift models`), a Hugging Face Hub id, a folder, or a .gguf file."
 # Written out: the names are those of the library, but `minift --help` should not wait for torch.
@@ -143,10 +144,10 @@ def _machine(options: dict[str, Any]) -> tuple[str | None, Any, str]:
     return None if quantize == "none" else quantize, fast_dtype(device) if dtype == "auto" else DTYPES[dtype], device
 
 
-def _say_stopped(result: Any, command: str) -> int:
+def _say_stopped(result: Any, command: str, rest: str = " (and the same options)") -> int:
     click.echo(
         f"Stopped after step {len(result.steps)}; a checkpoint is in {result.output_dir / 'checkpoints'}.\n"
-        f"Go on with: {command} --resume (and the same options)",
+        f"Go on with: {command} --resume{rest}",
         err=True,
     )
     return 130
@@ -177,33 +178,43 @@ def demo(model: str, **options: Any) -> int:
 
 @cli.command()
 @model_options()
-@click.option(
-    "--data", required=True, help="JSON Lines, JSON, CSV or Parquet; rows of messages, prompt and completion, ..."
-)
+@click.option("--data", help="JSON Lines, JSON, CSV or Parquet; rows of messages, prompt and completion, ...")
+@click.option("--eval", "eval_data", help="Rows to evaluate on, in the same formats; they are never trained.")
+@click.option("--like", help="Folder of an earlier run: everything that is not given here is as it was there.")
 @attention_option
 @lora_options
 @train_options()
-def train(model: str, data: str, attention: str | None, **options: Any) -> int:
-    """Fine-tune a model with LoRA on your own rows."""
+def train(like: str | None, **options: Any) -> int:
+    """Fine-tune a model with LoRA on your own rows.
+
+    The folder of a run remembers every option: `--resume --output-dir FOLDER` goes on with a run that was stopped or
+    killed, and `--like FOLDER` does one again; options given beside these count more.
+    """
     import minift
     from minift.adapters.inject import count_parameters
-    from minift.study.plots import loss_curve
+    from minift.study.outcome import outcome
+    from minift.train.remember import fill_in, to_remember
 
+    context = click.get_current_context()
+    given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    options = fill_in(options, given, like)
+    if options["data"] is None:
+        raise click.UsageError("Missing option '--data'.", context)
+    command = to_remember(options)
+    model, data, eval_data, attention = (options.pop(name) for name in ("model", "data", "eval_data", "attention"))
     machine, lora = _machine(options), _lora(options)
     config = minift.TrainConfig(**options)
     rows = minift.read_dataset(data)
+    eval_rows = minift.read_dataset(eval_data) if eval_data else None
     tokenizer = minift.load_tokenizer(model)
     loaded = minift.load_model(model, *machine, attention)
     wrapped = minift.add_lora(loaded, lora)
     trained, total = count_parameters(loaded)
     click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
-    result = minift.train(loaded, tokenizer, rows, config, click.echo)
+    result = minift.train(loaded, tokenizer, rows, config, click.echo, eval_rows, command)
     if not result.finished:
-        return _say_stopped(result, "minift train")
-    picture = loss_curve(result.steps, result.output_dir / "loss.png", f"{model}: training loss")
-    click.echo(f"Loss {result.steps[0].loss:.3f} -> {result.steps[-1].loss:.3f} in {len(result.steps)} steps")
-    click.echo(f"Saved {result.adapter} (adapter, PEFT's format), {picture}, {result.output_dir / 'log.json'}")
-    click.echo(f"Try it: minift chat --model {model} --adapter {result.adapter}")
+        return _say_stopped(result, f"minift train --output-dir {result.output_dir}", "")
+    click.echo(outcome(result, model))
     return 0
 
 
@@ -360,54 +371,27 @@ def quantize(model: str, quantize: str, dtype: str, device: str, output_dir: str
 @click.option("--model", default="smollm2-135m-instruct", help=MODEL_HELP)
 @click.option("--batch", default=8, help="Rows of a micro-batch.")
 @click.option("--length", default=1024, help="Tokens of a row.")
-@click.option("--quantize", type=click.Choice([*FORMATS, "none"]), help="Format of the linear layers.  [default: nf4; "
-              "none with --full]")  # fmt: skip
+@click.option("--quantize", type=click.Choice([*FORMATS, "none"]), help="Of the linears; nf4 unless --full.")
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bfloat16", help="Type of everything else.")
 @click.option("--rank", "--lora-rank", default=8, help="LoRA: rank.")
 @click.option("--targets", default="all-linear", help="LoRA: all-linear, names by commas, or a regular expression.")
 @click.option("--full", is_flag=True, help="Train all parameters instead of adapters.")
-@click.option("--checkpointing", type=click.Choice(["off", "on", "selective"]), default="off",
-              help="Compute activations again in the backward pass.")  # fmt: skip
+@click.option("--checkpointing", type=click.Choice(["off", "on", "selective"]), default="off", help="Compute again.")
 @attention_option
-@click.option("--optimizer", type=click.Choice(["adamw8bit", "adamw"]), default="adamw8bit", help="Of the state.")
+@click.option("--optimizer", type=click.Choice(["adamw8bit", "adamw"]), default="adamw8bit", help="Kind of its state.")
 @click.option("--packed", is_flag=True, help="Several documents in a row.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", help="A GPU takes more logits at a time.")
 @click.option("--budget", help="Memory there is, such as 24GB: say the largest batch and the longest rows that fit.")
-def memory(
-    model: str,
-    quantize: str | None,
-    dtype: str,
-    rank: int,
-    targets: str,
-    full: bool,
-    checkpointing: str,
-    budget: str | None,
-    **shape: Any,
-) -> None:
-    """How much memory a training step will take, by category, with the formula of each entry.
-
-    Reads config.json only: nothing is loaded, computed or measured.
-    """
-    from minift.model.config import ModelConfig
-    from minift.numerics.dtypes import DTYPES
-    from minift.quant.config import QuantConfig
+def memory(model: str, full: bool, budget: str | None, **options: Any) -> None:
+    """How much memory a training step will take, by category and formula; reads nothing but config.json."""
     from minift.sources.resolve import resolve
     from minift.study.ledger import format_fit, parse_bytes, predict
-    from minift.study.setting import Setting
+    from minift.study.setting import setting_of
 
     limit = parse_bytes(budget) if budget else 0
-    config = ModelConfig.from_folder(resolve(model))
-    format = quantize or ("none" if full else "nf4")
-    stored = None if format == "none" else QuantConfig(format)
-    lora = None if full else _lora({"targets": targets, "rank": rank, "alpha": 16, "dropout": 0.0})
-    again = {"off": False, "on": True}.get(checkpointing, checkpointing)
-    setting = Setting(
-        config, dtype=DTYPES[dtype], quantize=config.quantization or stored, lora=lora,
-        checkpointing=again, **shape,
-    )  # fmt: skip
-    click.echo(predict(setting).format())
-    if limit:
-        click.echo("\n" + format_fit(setting, limit))
+    lora = _lora(options := options | {"alpha": 16, "dropout": 0.0})
+    setting = setting_of(resolve(model), None if full else lora, **options)
+    click.echo(predict(setting).format() + (f"\n\n{format_fit(setting, limit)}" if limit else ""))
 
 
 @cli.command()

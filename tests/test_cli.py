@@ -30,11 +30,16 @@ from safetensors.torch import load_file
 
 import minift
 from minift.adapters.inject import lora_layers
+from minift.adapters.lora import LoraConfig
 from minift.cli import DEMO, cli, main
+from minift.model.config import ModelConfig
 from minift.model.generate import Sampling, generate
+from minift.quant.config import QuantConfig
 from minift.sources.resolve import KNOWN
 from minift.study.dataset import look_at
+from minift.study.ledger import format_fit, predict
 from minift.study.memory import format_table, group_layers, module_table
+from minift.study.setting import Setting
 
 Run = Callable[..., tuple[int, str, str]]
 ENTRY = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from minift.cli import main; main()"
@@ -116,7 +121,7 @@ QUICK = ("--dtype", "float32", "--device", "cpu", "--batch-size", 4, "--rank", 2
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("demo", "train", "chat", "inspect", "models")
+COMMANDS = ("demo", "train", "chat", "inspect", "memory", "models")
 
 
 def flat(text: str) -> str:
@@ -186,7 +191,9 @@ def test_train(run: Run, tiny: Path, data: Path, quantize: str):
     assert status == 0
     assert not shown(stderr) or not any(line.startswith("Error") for line in shown(stderr))
     out = Path("out")
-    assert {path.name for path in out.iterdir()} == {"adapter", "checkpoints", "log.json", "loss.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "adapter", "checkpoints", "config.json", "curves.png", "log.json", "log.jsonl", "loss.png"
+    }  # fmt: skip
 
     log = json.loads((out / "log.json").read_text())
     assert [record["step"] for record in log["steps"]] == [1, 2, 3, 4]
@@ -237,6 +244,48 @@ def test_targets(run: Run, tiny: Path, data: Path, targets: str, layers: int):
     status, stdout, _ = run("train", "--model", tiny, "--data", data, *QUICK, "--max-steps", 1, "--targets", targets)
     assert status == 0
     assert f"LoRA on {layers} layers" in stdout
+
+
+def test_a_run_is_evaluated_and_done_again_by_one_command(run: Run, tiny: Path, data: Path, tmp_path: Path):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    status, stdout, _ = run("train", "--model", tiny, "--data", data, "--eval", held, *QUICK, "--max-steps", 3,
+                            "--eval-every", 1, "--targets", "q_proj,up_proj", "--output-dir", "out")  # fmt: skip
+    assert status == 0
+    steps = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3] and all(step["eval_loss"] > 0 for step in steps)
+    last = steps[-1]
+    assert (
+        f"Evaluation of the weights of step 3: loss {last['eval_loss']:.3f}, perplexity {last['eval_perplexity']:.2f}"
+        in stdout
+    )
+    assert "weights  " in stdout and "optimizer state" in stdout  # the precision table
+    again = re.search(r"Do it again: minift (.*)", stdout)
+    assert again
+    assert run(*again[1].split())[0] == 0
+    repeated = [json.loads(line) for line in Path("out-again/log.jsonl").read_text().splitlines()]
+    assert [{**step, "seconds": 0} for step in repeated] == [{**step, "seconds": 0} for step in steps]
+    same = "adapter/adapter_model.safetensors"
+    assert Path("out", same).read_bytes() == Path("out-again", same).read_bytes()
+    # What is given beside it counts more.
+    assert run("train", "--like", "out", "--output-dir", "other", "--lr", 0.02, "--eval-every", 0)[0] == 0
+    config = json.loads(Path("other/config.json").read_text())
+    assert (config["config"]["lr"], config["config"]["max_steps"], config["options"]["targets"]) == (
+        0.02,
+        3,
+        "q_proj,up_proj",
+    )
+
+
+def test_a_run_is_not_done_again_on_other_rows_unawares(run: Run, tiny: Path, data: Path):
+    assert run("train", "--model", tiny, "--data", data, *QUICK, "--max-steps", 1, "--output-dir", "out")[0] == 0
+    message = the_error(run("train", "--like", "out", "--output-dir", "out"))
+    assert "give another --output-dir" in message
+    data.write_text(data.read_text().replace("Sea", "Ocean"))
+    message = the_error(run("train", "--like", "out", "--output-dir", "b"))
+    assert "rows.jsonl has changed since the run in out" in message and not Path("b").exists()
+    assert run("train", "--like", "out", "--output-dir", "b", "--data", data)[0] == 0
+    assert "holds no config.json" in the_error(run("train", "--like", "nowhere", "--output-dir", "c"))
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -720,12 +769,12 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(run: Run, tiny: Path, data
     assert status == 130
     stopped = re.search(r"Stopped after step (\d+); a checkpoint is in (\S+)\.\n", stderr)
     assert stopped and 5 <= int(stopped[1]) < steps
-    assert "Go on with: minift train --resume" in stderr
+    assert f"Go on with: minift train --output-dir {tmp_path / 'out'} --resume" in stderr
     assert "Traceback" not in stderr
     assert Path(stopped[2], f"step-{int(stopped[1]):06d}").is_dir()
     assert not (tmp_path / "out/adapter").exists()
 
-    status, stdout, _ = run(*options, "--resume")
+    status, stdout, _ = run("train", "--resume", "--output-dir", tmp_path / "out")  # the folder knows the rest
     assert status == 0 and f"in {steps} steps" in stdout
     log = json.loads((tmp_path / "out/log.json").read_text())
     assert [record["step"] for record in log["steps"]] == list(range(1, steps + 1))
@@ -759,7 +808,7 @@ def test_demo(run: Run, tiny: Path):
     assert status == 0 and not any(line.startswith("Error") for line in shown(stderr))
     assert "Held-out" in stdout and "minift chat --model" in stdout
     assert {path.name for path in Path("out").iterdir()} == {
-        "adapter", "answers.json", "checkpoints", "log.json", "loss.png"
+        "adapter", "answers.json", "checkpoints", "config.json", "log.json", "log.jsonl", "loss.png"
     }  # fmt: skip
 
 
@@ -767,3 +816,52 @@ def test_a_checkpoint_of_peers_own_making(run: Run, tmp_path: Path):
     """A folder as transformers writes it, three layers and no tying, goes through the whole command line."""
     peers.tiny_llama(tmp_path / "model", layers=3, tied=False)
     assert run("inspect", tmp_path / "model", "--quantize", "nf4")[0] == 0
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_prints_the_ledger(run: Run, tiny: Path):
+    config = ModelConfig.from_folder(tiny)
+    expected = Setting(config, 8, 1024, torch.bfloat16, QuantConfig(), LoraConfig(r=8), device="cuda")
+    assert run("memory", "--model", tiny) == (0, predict(expected).format() + "\n", "")
+    options = ["--batch", 2, "--length", 64, "--quantize", "none", "--dtype", "float32", "--lora-rank", 3, "--targets",
+               "q_proj,v_proj", "--checkpointing", "selective", "--attention", "eager", "--optimizer", "adamw",
+               "--packed", "--device", "cpu"]  # fmt: skip
+    lora = LoraConfig(r=3, target_modules=("q_proj", "v_proj"))
+    changed = Setting(config, 2, 64, torch.float32, None, lora, "selective", "eager", "adamw", True)
+    assert run("memory", "--model", tiny, *options) == (0, predict(changed).format() + "\n", "")
+
+
+def test_memory_of_full_fine_tuning_with_a_budget(run: Run, tiny: Path):
+    status, stdout, stderr = run("memory", "--model", tiny, "--full", "--checkpointing", "on", "--budget", "100MB")
+    setting = Setting(ModelConfig.from_folder(tiny), 8, 1024, checkpointing=True, device="cuda")
+    assert (status, stderr) == (0, "")
+    assert stdout == predict(setting).format() + "\n\n" + format_fit(setting, 10**8) + "\n"
+    assert "largest batch" in stdout and "adapters" not in stdout
+
+
+def test_memory_says_what_to_change_if_nothing_fits(run: Run, tiny: Path):
+    status, stdout, _ = run("memory", "--model", tiny, "--budget", "100 kB")
+    assert status == 0
+    assert "no batch fits" in stdout and "no length fits" in stdout and "--checkpointing on" in stdout
+
+
+def test_memory_reads_no_weights(run: Run, spoiled: Path):
+    (spoiled / "model.safetensors").unlink()
+    assert run("memory", "--model", spoiled)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--budget", "much"], "24GB"),
+        (["--batch", 0], "at least 1 row"),
+        (["--full", "--quantize", "nf4"], "cannot be trained"),
+        (["--rank", 0], "rank"),
+        (["--targets", "nothing"], "nothing"),
+    ],
+    ids=str,
+)
+def test_memory_refuses(run: Run, tiny: Path, options: list[Any], word: str):
+    assert word in the_error(run("memory", "--model", tiny, *options))

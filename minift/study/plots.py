@@ -142,3 +142,35 @@ def _save(figure: Any, path: str | Path) -> Path:
     with atomic_file(path) as place:
         figure.savefig(place, format="png", dpi=150)
     return path
+
+
+def run_curves(steps: Sequence[StepRecord], path: str | Path, title: str = "Training run") -> Path:
+    """Draw loss (with evaluations), learning rate, gradient norm and seconds over the steps into one PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not steps:
+        raise ValueError("nothing to draw: the run has no steps")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    numbers = [record.step for record in steps]
+    panels = [
+        ("mean loss a trained token (nats)", [record.loss for record in steps]),
+        ("learning rate", [record.lr for record in steps]),
+        ("gradient norm before clipping", [record.grad_norm for record in steps]),
+        ("seconds a step", [record.seconds for record in steps]),
+    ]
+    for axes, (name, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        axes.plot(numbers, values, color=BLUE, marker="o", markersize=2, label="training")
+        axes.set(xlabel="optimizer step", ylabel=name, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    looks = [(record.step, record.eval_loss) for record in steps if record.eval_loss is not None]
+    if looks:
+        shown = [step for step, _ in looks], [loss for _, loss in looks]
+        figure.axes[0].plot(*shown, color=ORANGE, marker="s", linestyle="--", label="evaluation")
+        figure.axes[0].legend(loc="upper right")
+    path = Path(path)
+    with atomic_file(path) as place:
+        figure.savefig(place, format="png", dpi=150)
+    return path
