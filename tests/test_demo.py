@@ -121,7 +121,9 @@ def test_the_demo_from_end_to_end(tiny: Path, tmp_path: Path, quantize: str | No
     lora = minift.LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
     result = run_demo(str(tiny), quantize, torch.float32, "cpu", lora, config, said.append)
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"adapter", "answers.json", "checkpoints", "log.json", "loss.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "adapter", "answers.json", "checkpoints", "config.json", "log.json", "log.jsonl", "loss.png"
+    }  # fmt: skip
     assert result.training.finished and result.training.output_dir == out and result.training.adapter == out / "adapter"
 
     # The numbers in the files are those that were returned, and those that were said.

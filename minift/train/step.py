@@ -121,11 +121,13 @@ def train_step(
             f"{len(missing)} trained parameters got no gradient, the first is {missing[0]}: the loss does not depend "
             "on them; freeze them with requires_grad_(False), or activate the adapter that they belong to"
         )
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+    # In two steps: clip_grad_norm_ would divide all gradients by a norm that is NaN, and hide where it came from.
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not (loss.isfinite() and grad_norm.isfinite()):
         where = where_not_finite(model, lambda: [_look(model, batch.to(model.device)) for batch in micro_batches])
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()}: {where}")
+    nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or float("inf"), grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepStats(loss.item(), grad_norm.item(), trained, sum(batch.tokens for batch in micro_batches))

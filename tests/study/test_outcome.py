@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -27,7 +28,7 @@ def test_curves_hold_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw))[1])
     path = run_curves(records(evaluated), tmp_path / "curves.png", "a title")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and [p.name for p in tmp_path.iterdir()] == ["curves.png"]
-    drawn = [[list(map(float, line.get_ydata())) for line in axes.get_lines()] for axes in figures[0].axes]
+    drawn = [[np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()] for axes in figures[0].axes]
     looks = [[1.5]] if evaluated else []
     assert drawn == [
         [[3.0, 1.5, 1.0], *looks], [[1e-3, 5e-4, 1e-3 / 3]], [[0.5, 1.0, 1.5]], [[0.1, 0.2, pytest.approx(0.3)]]

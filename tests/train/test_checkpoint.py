@@ -68,8 +68,9 @@ def test_no_file_holds_a_pickle(output: Path):
     for name in files(output):
         path = output / name
         assert not zipfile.is_zipfile(path), name  # torch.save's container
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix in (".json", ".jsonl"):
+            text = path.read_text(encoding="utf-8")
+            assert [json.loads(part) for part in ([text] if path.suffix == ".json" else text.splitlines())]
         else:
             assert path.suffix == ".safetensors" and load_file(path), name
             assert path.read_bytes()[8:9] == b"{", name  # a JSON header behind its 8-byte length
@@ -151,7 +152,7 @@ def test_every_setting_has_been_thought_of():
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_settings_that_decide_what_a_step_does_are_part_of_the_identity(name: str):
-    base = {"eval_every": 1 if name in ("patience", "best") else 0}  # these two need evaluations
+    base: dict[str, Any] = {"eval_every": 1 if name in ("patience", "best") else 0}  # these two need evaluations
     assert (identity(**base | {name: OTHER_VALUES[name]}) == identity(**base)) == (name in FREE)
 
 

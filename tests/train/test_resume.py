@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -362,6 +363,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def flipped(path: Path) -> None:
+    """One bit of the last number: the file is still complete and readable."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -392,6 +400,7 @@ def without_a_tensor(path: Path) -> None:
         for damage in (cut, empty, not_a_checkpoint, Path.unlink)
     ]
     + [("state.json", without_identity)]
+    + [("trainable.safetensors", flipped), ("optimizer.safetensors", flipped)]
     + [("trainable.safetensors", without_a_tensor), ("optimizer.safetensors", without_a_tensor)],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(
@@ -401,7 +410,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(
     damage(newest / name)
     model = make_model(tiny)
     before = weights(model)
-    with pytest.raises(ValueError, match=r"step-000005 is damaged .*delete it to go on from the one before"):
+    offer = rf"step-000005 is damaged .*delete it to go on from the one before: {stopped}/checkpoints/step-000004$"
+    with pytest.raises(ValueError, match=offer):
         run(model, tiny, settings(stopped, resume=True))
     assert equal(weights(model), before)
     shutil.rmtree(newest)
@@ -468,3 +478,98 @@ def test_an_adapter_that_cannot_be_saved_does_not_cost_the_run(
     model = make_model(tiny, seed=1)
     result = run(model, tiny, settings(tmp_path, resume=True))
     assert result.finished and result.adapter == tmp_path / "adapter"
+
+
+def test_if_no_checkpoint_is_whole_none_is_offered(tiny: Path, make_model: Any, stopped: Path):
+    for name in ("step-000004", "step-000005"):
+        cut(stopped / "checkpoints" / name / "optimizer.safetensors")
+    with pytest.raises(
+        ValueError, match=r"step-000005 is damaged .*no other checkpoint of this run is whole; leave out"
+    ):
+        run(make_model(tiny), tiny, settings(stopped, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [("settings", {"seed": 1}), ("rows", {}), ("adapter", {"dropout": 0.3}), ("model, adapter", {"r": 4})],
+    ids=str,
+)
+def test_a_foreign_checkpoint_says_what_is_other(
+    tiny: Path, make_model: Any, stopped: Path, part: str, changed: dict[str, Any]
+):
+    model = make_model(tiny, **{key: value for key, value in changed.items() if key != "seed"})
+    chosen = {key: value for key, value in changed.items() if key == "seed"}
+    other = ", ".join(sorted(part.split(", "), key=["settings", "adapter", "model", "rows"].index))
+    with pytest.raises(ValueError, match=rf"belongs to another run \(other {other}\); use another output_dir"):
+        run(model, tiny, settings(stopped, resume=True, **chosen), ROWS[:-1] if part == "rows" else ROWS)
+
+
+def test_a_foreign_checkpoint_among_own_ones_is_refused_and_the_own_one_offered(
+    tiny: Path, tmp_path: Path, make_model: Any, stopped: Path
+):
+    run(make_model(tiny), tiny, settings(tmp_path / "foreign", seed=1, max_steps=6))
+    shutil.copytree(tmp_path / "foreign/checkpoints/step-000006", stopped / "checkpoints/step-000006")
+    own = f"{stopped}/checkpoints/step-000005$"
+    with pytest.raises(ValueError, match=rf"step-000006 belongs to another run.*delete it to go on from .*: {own}"):
+        run(make_model(tiny), tiny, settings(stopped, resume=True))
+
+
+def test_what_a_killed_run_left_is_removed(tiny: Path, make_model: Any, stopped: Path):
+    for name in (".step-000006.x1y2", ".step-000002.old"):
+        (stopped / "checkpoints" / name).mkdir()
+        (stopped / "checkpoints" / name / "trainable.safetensors").write_bytes(b"half")
+    result = run(make_model(tiny), tiny, settings(stopped, resume=True))
+    assert result.finished and names(stopped / "checkpoints") == ["step-000006", "step-000007"]
+
+
+def test_a_full_disk_says_which_checkpoint_is_missing_and_which_one_is_there(
+    tiny: Path, tmp_path: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    run(make_model(tiny), tiny, settings(tmp_path, max_steps=2, save_every=0))
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    model, chosen = make_model(tiny), settings(tmp_path, max_steps=2, save_every=0, resume=True)
+    with pytest.raises(
+        OSError, match=r"checkpoint .*step-000002 cannot be written: No space left on device; .*whole: res"
+    ):
+        run(model, tiny, chosen)
+    with pytest.raises(OSError, match=r"step-000002 cannot be written: No space.*there is none before it"):
+        run(model, tiny, settings(tmp_path / "new", max_steps=2))
+
+
+def test_a_full_disk_while_the_log_is_written(tiny: Path, tmp_path: Path, make_model: Any):
+    """/dev/full answers every write as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    folder = import_module("minift.train.folder")
+    log = folder.RunFolder(tmp_path, settings(tmp_path), [], {})
+    log._lines = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"cannot write to .*log\.jsonl: No space left on device; make room, then resume"):
+        log.add(StepRecord(1, 1.0, 1.0, 1.0, 1, 1, 1.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users and permissions")
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(
+    tiny: Path, make_model: Any, stop_after: Any
+):
+    """A superuser may write anywhere, so this is tried as another user."""
+    locked = Path(tempfile.mkdtemp())  # not below tmp_path, which other users may not enter
+    locked.chmod(0o555)
+    model, tokenizer = make_model(tiny), minift.load_tokenizer(tiny)
+    stop_after(1, times=2)  # a first step would raise KeyboardInterrupt
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match=r"cannot write to the folder .*: Permission denied; choose another"):
+            train(model, tokenizer, ROWS, settings(locked))
+    finally:
+        os.seteuid(was)
+    assert names(locked) == []
+    locked.rmdir()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tiny: Path, tmp_path: Path, make_model: Any):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write to the folder .*file: File exists; choose another output_dir"):
+        run(make_model(tiny), tiny, settings(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
