@@ -142,7 +142,9 @@ def work_ours(setting: str) -> None:
     torch.manual_seed(0)
     minift.add_lora(model, minift.LoraConfig(r=8, alpha=16))
     config = minift.TrainConfig(batch_size=BATCH, max_steps=STEPS, shuffle=False)
-    plan = Plan(prepare(examine_rows(tokenizer, yoda_rows("train"), config).examples, tokenizer, config), 0, config, share=True)
+    plan = Plan(
+        prepare(examine_rows(tokenizer, yoda_rows("train"), config).examples, tokenizer, config), 0, config, share=True
+    )
     optimizer = (minift.AdamW if fp32 else minift.AdamW8bit)((p for p in model.parameters() if p.requires_grad), lr=LR)
     model.train()
     say({})

@@ -5,20 +5,27 @@ is shown only with --debug.
 """
 
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-MODEL_HELP = "A known name (see `minift models`), a Hugging Face Hub id, a folder, or a .gguf file."
-# Written out: the names are those of the library, but `minift --help` should not wait for torch.
-FORMATS, DTYPE_NAMES = ("nf4", "fp4", "int8"), ("bfloat16", "float16", "float32")
+from minift.options import (
+    DTYPE_NAMES,
+    FORMATS,
+    MODEL_HELP,
+    attention_option,
+    data_options,
+    lora_of,
+    lora_options,
+    machine_of,
+    model_options,
+    train_options,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -50,100 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-# --- options that several commands share ----------------------------------------------------------------------------
-
-
-def model_options(default: str | None = "smollm2-135m-instruct") -> Callable:
-    """--model, --quantize, --dtype, --device."""
-    options = [
-        click.option("--model", default=default, required=default is None, help=MODEL_HELP),
-        click.option(
-            "--quantize",
-            type=click.Choice([*FORMATS, "none"]),
-            default="nf4",
-            help="Format of the linear layers; none keeps the checkpoint's own.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", *DTYPE_NAMES]),
-            default="auto",
-            help="Type of the arithmetic; auto takes bfloat16 where this machine is fast in it.",
-        ),
-        click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."),
-    ]
-    return lambda command: _apply(options, command)
-
-
-def attention_option(command: Callable) -> Callable:
-    """--attention."""
-    text = "How attention is computed; by default sdpa, and eager for models that cap their scores."
-    return click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"]), help=text)(command)
-
-
-def train_options(**defaults: Any) -> Callable:
-    """An option for every field of TrainConfig; `defaults` replaces some of its defaults."""
-    from minift.train.config import TrainConfig
-
-    options = []
-    for setting in fields(TrainConfig):
-        flag = "--" + setting.name.replace("_", "-")
-        default = defaults.get(setting.name, setting.default)
-        choices, text = setting.metadata["choices"], setting.metadata["help"]
-        if isinstance(default, bool):
-            options.append(click.option(f"{flag}/--no-{flag[2:]}", setting.name, default=default, help=text))
-        else:
-            kind = click.Choice(choices) if choices else type(default)
-            options.append(click.option(flag, setting.name, type=kind, default=default, help=text))
-    return lambda command: _apply(options, command)
-
-
-def lora_options(command: Callable) -> Callable:
-    """--rank, --alpha, --dropout, --targets."""
-    options = [
-        click.option("--rank", default=8, help="LoRA: rank."),
-        click.option("--alpha", default=16.0, help="LoRA: the change is scaled by alpha / rank."),
-        click.option("--dropout", default=0.0, help="LoRA: dropout of the adapters' input."),
-        click.option(
-            "--targets",
-            default="all-linear",
-            help="LoRA: all-linear, names separated by commas, or a regular expression.",
-        ),
-    ]
-    return _apply(options, command)
-
-
-def _apply(options: list[Callable], command: Callable) -> Callable:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _lora(options: dict[str, Any]) -> Any:
-    """Take LoRA's options out of `options`."""
-    from minift.adapters.lora import LoraConfig
-
-    targets = options.pop("targets")
-    names = tuple(name.strip() for name in targets.split(","))
-    is_list = targets != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names)
-    return LoraConfig(options.pop("rank"), options.pop("alpha"), options.pop("dropout"), names if is_list else targets)
-
-
-def _machine(options: dict[str, Any]) -> tuple[str | None, Any, str]:
-    """Take --quantize, --dtype and --device out of `options`, as the library takes them."""
-    import torch
-
-    from minift.numerics.dtypes import DTYPES, fast_dtype
-
-    quantize, dtype, device = (options.pop(name) for name in ("quantize", "dtype", "device"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return None if quantize == "none" else quantize, fast_dtype(device) if dtype == "auto" else DTYPES[dtype], device
-
-
 def _say_stopped(result: Any, command: str, rest: str = " (and the same options)") -> int:
     click.echo(
         f"Stopped after step {len(result.steps)}; a checkpoint is in {result.output_dir / 'checkpoints'}.\n"
@@ -171,7 +84,7 @@ def demo(model: str, **options: Any) -> int:
     from minift.demo import run_demo
     from minift.train.config import TrainConfig
 
-    machine, lora = _machine(options), _lora(options)
+    machine, lora = machine_of(options), lora_of(options)
     result = run_demo(model, *machine, lora, TrainConfig(**options), click.echo)
     return 0 if result.training.finished else _say_stopped(result.training, "minift demo")
 
@@ -202,13 +115,13 @@ def train(like: str | None, **options: Any) -> int:
         raise click.UsageError("Missing option '--data'.", context)
     command = to_remember(options)
     model, data, eval_data, attention = (options.pop(name) for name in ("model", "data", "eval_data", "attention"))
-    machine, lora = _machine(options), _lora(options)
+    machine, lora = machine_of(options), lora_of(options)
     config = minift.TrainConfig(**options)
     rows = minift.read_dataset(data)
     eval_rows = minift.read_dataset(eval_data) if eval_data else None
     tokenizer = minift.load_tokenizer(model)
     loaded = minift.load_model(model, *machine, attention)
-    wrapped = minift.add_lora(loaded, lora)
+    wrapped = minift.addlora_of(loaded, lora)
     trained, total = count_parameters(loaded)
     click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
     result = minift.train(loaded, tokenizer, rows, config, click.echo, eval_rows, command)
@@ -249,7 +162,7 @@ def chat(
     from minift.model.generate import Sampling, stream
     from minift.quant import Linear4bit, dequantize_model
 
-    machine, from_file = _machine(options), options.pop("generation_config")
+    machine, from_file = machine_of(options), options.pop("generation_config")
     given = {name: value for name, value in options.items() if value is not None}
     sampling = Sampling(**given)  # before the model is loaded, so that a wrong value is said at once
     tokenizer = minift.load_tokenizer(model)
@@ -277,26 +190,6 @@ def chat(
             click.echo(piece, nl=False)
         click.echo()
         messages.append({"role": "assistant", "content": answer})
-
-
-def data_options(command: Callable) -> Callable:
-    """What `inspect` asks about a data set; the settings that decide what is trained are those of `train`."""
-    from minift.train.config import TrainConfig
-
-    settings = {setting.name: setting for setting in fields(TrainConfig)}
-    options = [
-        click.option("--data", help="Look at this data set instead: JSON Lines, JSON, CSV or Parquet."),
-        click.option("--model", default="smollm2-135m-instruct", help="With --data: whose tokenizer and template."),
-        click.option("--rows", default=3, type=click.IntRange(min=0), help="With --data: how many rows to show."),
-        click.option("--html", help="With --data: write the same to this file, to be opened in a browser."),
-    ]
-    for name in ("loss_on", "max_length", "packing", "batch_size"):
-        setting = settings[name]
-        choices, text = setting.metadata["choices"], f"With --data: {setting.metadata['help']}"
-        kind = click.Choice(choices) if choices else type(setting.default)
-        flag = "--" + name.replace("_", "-")
-        options.append(click.option(flag, name, type=kind, default=setting.default, help=text))
-    return _apply(options, command)
 
 
 @cli.command()
@@ -389,7 +282,7 @@ def memory(model: str, full: bool, budget: str | None, **options: Any) -> None:
     from minift.study.setting import setting_of
 
     limit = parse_bytes(budget) if budget else 0
-    lora = _lora(options := options | {"alpha": 16, "dropout": 0.0})
+    lora = lora_of(options := options | {"alpha": 16, "dropout": 0.0})
     setting = setting_of(resolve(model), None if full else lora, **options)
     click.echo(predict(setting).format() + (f"\n\n{format_fit(setting, limit)}" if limit else ""))
 

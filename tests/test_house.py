@@ -28,12 +28,14 @@ FLOORS = [
     {"adapters"},
     {"train"},
     {"study"},
-    {"demo", "cli", "roof"},
+    {"demo", "options", "cli", "roof"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Imports on one floor that the plan draws: converted models are written as a whole or not at all; on the roof the
 # `demo` command runs the demo, and both need what `import minift` gives.
-DRAWN = {("sources", "atomic"), ("sources", "heap"), ("cli", "demo"), ("cli", "roof"), ("demo", "roof")}
+DRAWN = {
+    ("sources", "atomic"), ("sources", "heap"), ("cli", "options"), ("cli", "demo"), ("cli", "roof"), ("demo", "roof"),
+}  # fmt: skip
 
 
 def source_files() -> dict[str, Path]:

@@ -51,5 +51,5 @@ def test_the_backward_pass_is_seen():
         assert live.now == MB  # the square was freed, exp's result kept
         y.sum().backward()
     assert x.grad is not None
-    # y, its gradient (of sum, expanded: 4 bytes), exp's gradient, then that of the product: two terms of x and their sum
+    # y, the gradient of the sum (expanded: 4 bytes), that of exp, then two terms of x and their sum
     assert 3 * MB <= live.peak <= 6 * MB

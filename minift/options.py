@@ -1,0 +1,126 @@
+"""Options of the `minift` command that several of its subcommands share, and what the library makes of them.
+
+A field of TrainConfig is an option of the same name, with the same help; so nothing has to be written twice.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+MODEL_HELP = "A known name (see `minift models`), a Hugging Face Hub id, a folder, or a .gguf file."
+# Written out: the names are those of the library, but `minift --help` should not wait for torch.
+FORMATS, DTYPE_NAMES = ("nf4", "fp4", "int8"), ("bfloat16", "float16", "float32")
+
+
+def model_options(default: str | None = "smollm2-135m-instruct") -> Callable:
+    """--model, --quantize, --dtype, --device."""
+    options = [
+        click.option("--model", default=default, required=default is None, help=MODEL_HELP),
+        click.option(
+            "--quantize",
+            type=click.Choice([*FORMATS, "none"]),
+            default="nf4",
+            help="Format of the linear layers; none keeps the checkpoint's own.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", *DTYPE_NAMES]),
+            default="auto",
+            help="Type of the arithmetic; auto takes bfloat16 where this machine is fast in it.",
+        ),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."),
+    ]
+    return lambda command: _apply(options, command)
+
+
+def attention_option(command: Callable) -> Callable:
+    """--attention."""
+    text = "How attention is computed; by default sdpa, and eager for models that cap their scores."
+    return click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"]), help=text)(command)
+
+
+def train_options(**defaults: Any) -> Callable:
+    """An option for every field of TrainConfig; `defaults` replaces some of its defaults."""
+    from minift.train.config import TrainConfig
+
+    options = []
+    for setting in fields(TrainConfig):
+        flag = "--" + setting.name.replace("_", "-")
+        default = defaults.get(setting.name, setting.default)
+        choices, text = setting.metadata["choices"], setting.metadata["help"]
+        if isinstance(default, bool):
+            options.append(click.option(f"{flag}/--no-{flag[2:]}", setting.name, default=default, help=text))
+        else:
+            kind = click.Choice(choices) if choices else type(default)
+            options.append(click.option(flag, setting.name, type=kind, default=default, help=text))
+    return lambda command: _apply(options, command)
+
+
+def lora_options(command: Callable) -> Callable:
+    """--rank, --alpha, --dropout, --targets."""
+    options = [
+        click.option("--rank", default=8, help="LoRA: rank."),
+        click.option("--alpha", default=16.0, help="LoRA: the change is scaled by alpha / rank."),
+        click.option("--dropout", default=0.0, help="LoRA: dropout of the adapters' input."),
+        click.option(
+            "--targets",
+            default="all-linear",
+            help="LoRA: all-linear, names separated by commas, or a regular expression.",
+        ),
+    ]
+    return _apply(options, command)
+
+
+def _apply(options: list[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def lora_of(options: dict[str, Any]) -> Any:
+    """Take LoRA's options out of `options`."""
+    from minift.adapters.lora import LoraConfig
+
+    targets = options.pop("targets")
+    names = tuple(name.strip() for name in targets.split(","))
+    is_list = targets != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names)
+    return LoraConfig(options.pop("rank"), options.pop("alpha"), options.pop("dropout"), names if is_list else targets)
+
+
+def machine_of(options: dict[str, Any]) -> tuple[str | None, Any, str]:
+    """Take --quantize, --dtype and --device out of `options`, as the library takes them."""
+    import torch
+
+    from minift.numerics.dtypes import DTYPES, fast_dtype
+
+    quantize, dtype, device = (options.pop(name) for name in ("quantize", "dtype", "device"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return None if quantize == "none" else quantize, fast_dtype(device) if dtype == "auto" else DTYPES[dtype], device
+
+
+def data_options(command: Callable) -> Callable:
+    """What `inspect` asks about a data set; the settings that decide what is trained are those of `train`."""
+    from minift.train.config import TrainConfig
+
+    settings = {setting.name: setting for setting in fields(TrainConfig)}
+    options = [
+        click.option("--data", help="Look at this data set instead: JSON Lines, JSON, CSV or Parquet."),
+        click.option("--model", default="smollm2-135m-instruct", help="With --data: whose tokenizer and template."),
+        click.option("--rows", default=3, type=click.IntRange(min=0), help="With --data: how many rows to show."),
+        click.option("--html", help="With --data: write the same to this file, to be opened in a browser."),
+    ]
+    for name in ("loss_on", "max_length", "packing", "batch_size"):
+        setting = settings[name]
+        choices, text = setting.metadata["choices"], f"With --data: {setting.metadata['help']}"
+        kind = click.Choice(choices) if choices else type(setting.default)
+        flag = "--" + name.replace("_", "-")
+        options.append(click.option(flag, name, type=kind, default=setting.default, help=text))
+    return _apply(options, command)
