@@ -121,7 +121,7 @@ def train(like: str | None, **options: Any) -> int:
     eval_rows = minift.read_dataset(eval_data) if eval_data else None
     tokenizer = minift.load_tokenizer(model)
     loaded = minift.load_model(model, *machine, attention)
-    wrapped = minift.addlora_of(loaded, lora)
+    wrapped = minift.add_lora(loaded, lora)
     trained, total = count_parameters(loaded)
     click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
     result = minift.train(loaded, tokenizer, rows, config, click.echo, eval_rows, command)

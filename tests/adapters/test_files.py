@@ -118,7 +118,7 @@ def test_what_peft_saves_is_read_here(request: pytest.FixtureRequest, tmp_path: 
             r=config.r,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=config.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=targets if isinstance(targets, str) else list(targets or ()),
             task_type="CAUSAL_LM",
         ),
     )

@@ -34,7 +34,7 @@ def add_theirs(base: nn.Module, config: LoraConfig, **options: Any) -> Any:
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] (a fraction is fine, too)
         lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets if isinstance(targets, str) else list(targets or ()),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():

@@ -204,7 +204,8 @@ def test_what_cannot_be_combined(
     ours, _ = pair
     before = set(ours.state_dict())
     with pytest.raises(ValueError, match=message):
-        combine(ours, names, weights, **({"adapter": "new"} | options))
+        settings: dict[str, Any] = {"adapter": "new"} | options
+        combine(ours, names, weights, **settings)
     assert set(ours.state_dict()) == before
 
 
