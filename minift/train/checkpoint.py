@@ -33,7 +33,8 @@ from minift.train.records import StepRecord
 
 # Settings that may change between two parts of a run: they do not touch any step that is still to come.
 MAY_CHANGE = (
-    "output_dir", "save_every", "resume", "log_every", "gradient_checkpointing", "keep_last", "patience", "tensorboard",
+    "output_dir", "cache", "save_every", "resume", "log_every", "gradient_checkpointing",
+    "keep_last", "patience", "tensorboard",
 )  # fmt: skip
 TRAINED, STATE, CONTENT = "trainable.safetensors", "optimizer.safetensors", "state.json"
 

@@ -57,6 +57,7 @@ class TrainConfig:
     shuffle: bool = _setting(True, "Draw the rows of each epoch in an order fixed by the seed.")
     gradient_checkpointing: bool = _setting(False, "Recompute activations: a third slower, far less memory.")
     seed: int = _setting(0, "Seed of data order and dropout.")
+    cache: str = _setting("", "Folder that keeps encoded rows, so that a second run on the same data starts at once.")
     output_dir: str = _setting("minift-run", "Folder for checkpoints, log and the trained adapter.")
     save_every: int = _setting(0, "Steps between checkpoints; 0 saves one at the end or when stopped.")
     keep_last: int = _setting(2, "Newest checkpoints that stay; older ones are deleted.")
@@ -72,7 +73,8 @@ class TrainConfig:
     tensorboard: bool = _setting(True, "Write events for TensorBoard, too, where that is installed.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
+        for name in ("output_dir", "cache"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for setting in fields(self):
             self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
         if self.group_by_length and not self.shuffle:

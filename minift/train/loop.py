@@ -47,7 +47,7 @@ from minift.train.config import TrainConfig
 from minift.train.evaluate import evaluate
 from minift.train.faults import is_out_of_memory, out_of_memory
 from minift.train.folder import LOG, RunFolder, run_folder, write_log
-from minift.train.plan import Plan, evaluation_batches, examine_rows, prepare
+from minift.train.plan import Plan, encoded, evaluation_batches, examine_rows, prepare
 from minift.train.policy import format_precision, precision_table
 from minift.train.progress import progress_bar
 from minift.train.records import StepRecord, best_step, has_stalled
@@ -109,9 +109,7 @@ def train(
         raise ValueError("nothing to train: no parameter requires a gradient; call add_lora first")
     if eval_rows is None and config.eval_every:
         raise ValueError("eval_every needs rows to evaluate on: give eval_rows, or leave it at 0")
-    data = examine_rows(tokenizer, rows, config)
-    say(data.format())
-    examples = data.examples
+    examples = encoded(tokenizer, rows, config, say)
     evaluated = examine_rows(tokenizer, eval_rows, config).examples if eval_rows is not None else []
     # With dropout, rows that share a prefix would also share which of its numbers are dropped.
     dropout = any(c.dropout for layer in lora_layers(model).values() for c in layer.configs.values())

@@ -6,6 +6,7 @@ rows of the data set -> examples (examined) -> rows that can be drawn (an exampl
 from collections.abc import Callable, Sequence
 
 from minift.data.batching import by_length, order
+from minift.data.cache import encode_cached
 from minift.data.collate import Batch, collate, share_prefix, stack
 from minift.data.encode import Example
 from minift.data.formats import Row
@@ -15,11 +16,28 @@ from minift.data.tokenizer import Tokenizer
 from minift.train.config import TrainConfig
 
 
+def encoded(
+    tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig, say: Callable[[str], object]
+) -> Sequence[Example]:
+    """The examples to train on: with a report of what they train, or out of the cache."""
+    if not config.cache:
+        data = examine_rows(tokenizer, rows, config)
+        say(data.format())
+        return data.examples
+    drop = config.problems == "drop"
+    store = encode_cached(tokenizer, rows, config.loss_on, _cut(config), cache=config.cache, drop=drop)
+    say(f"{len(store):,} rows of {int(store.lengths.sum()):,} tokens from {store.path} (their report: minift inspect)")
+    return store
+
+
+def _cut(config: TrainConfig) -> int | None:
+    """A packed row is cut to length by packing; these two go on with the rest of a document in another row."""
+    return None if config.packing in ("wrapped", "bfd_split") else config.max_length
+
+
 def examine_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig) -> DataReport:
     """Encode every row, and stop where a row would train nothing (see data/report.py)."""
-    # A packed row is cut to length by `pack`; these two go on with the rest of a document in another row.
-    cut = None if config.packing in ("wrapped", "bfd_split") else config.max_length
-    return examine(tokenizer, rows, config.loss_on, cut, problems=config.problems)
+    return examine(tokenizer, rows, config.loss_on, _cut(config), problems=config.problems)
 
 
 def drawable(

@@ -34,7 +34,7 @@ WRONG_TYPE += [(name, value) for name in SWITCHES for value in ("no", None, [])]
 
 
 def test_every_field_is_covered():
-    covered = {*INTEGERS, *NUMBERS, *CHOICES, *SWITCHES, "output_dir"}
+    covered = {*INTEGERS, *NUMBERS, *CHOICES, *SWITCHES, "output_dir", "cache"}
     assert covered == {setting.name for setting in fields(TrainConfig)}
 
 

@@ -403,6 +403,19 @@ def test_rows_that_cannot_be_trained_on_are_left_out_when_told_so(tiny: Path, tm
     assert said[1].startswith("part ")
 
 
+def test_cached_rows_train_as_fresh_ones(tiny: Path, tmp_path: Path, make_model: Any):
+    """The second run reads what the first one encoded; none of the three differs by a bit."""
+    said: list[str] = []
+    losses = []
+    for cache in ("", str(tmp_path / "tokens"), str(tmp_path / "tokens")):
+        settings = config(tmp_path / "run", cache=cache, max_steps=3)
+        result = train(make_model(tiny), minift.load_tokenizer(tiny), ROWS, settings, said.append)
+        losses.append([record.loss for record in result.steps])
+    assert losses[0] == losses[1] == losses[2]
+    (store,) = (tmp_path / "tokens").iterdir()
+    assert sum(str(store) in line for line in said) == 2
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_is_left_in_the_mode_it_came_in(tiny: Path, tmp_path: Path, make_model: Any, training: bool):
     model = make_model(tiny).train(training)
