@@ -5,7 +5,7 @@ A field of TrainConfig is an option of the same name, with the same help; so not
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 import click
@@ -46,17 +46,18 @@ def train_options(**defaults: Any) -> Callable:
     """An option for every field of TrainConfig; `defaults` replaces some of its defaults."""
     from minift.train.config import TrainConfig
 
-    options = []
-    for setting in fields(TrainConfig):
-        flag = "--" + setting.name.replace("_", "-")
-        default = defaults.get(setting.name, setting.default)
-        choices, text = setting.metadata["choices"], setting.metadata["help"]
-        if isinstance(default, bool):
-            options.append(click.option(f"{flag}/--no-{flag[2:]}", setting.name, default=default, help=text))
-        else:
-            kind = click.Choice(choices) if choices else type(default)
-            options.append(click.option(flag, setting.name, type=kind, default=default, help=text))
+    settings = fields(TrainConfig)
+    options = [_of_setting(s, defaults.get(s.name, s.default), s.metadata["help"]) for s in settings]
     return lambda command: _apply(options, command)
+
+
+def _of_setting(setting: Field, default: Any, text: str) -> Callable:
+    """The option for a field of TrainConfig."""
+    flag, choices = "--" + setting.name.replace("_", "-"), setting.metadata["choices"]
+    if isinstance(default, bool):
+        return click.option(f"{flag}/--no-{flag[2:]}", setting.name, default=default, help=text)
+    kind = click.Choice(choices) if choices else type(default)
+    return click.option(flag, setting.name, type=kind, default=default, help=text)
 
 
 def lora_options(command: Callable) -> Callable:
@@ -119,8 +120,5 @@ def data_options(command: Callable) -> Callable:
     ]
     for name in ("loss_on", "max_length", "packing", "batch_size"):
         setting = settings[name]
-        choices, text = setting.metadata["choices"], f"With --data: {setting.metadata['help']}"
-        kind = click.Choice(choices) if choices else type(setting.default)
-        flag = "--" + name.replace("_", "-")
-        options.append(click.option(flag, name, type=kind, default=setting.default, help=text))
+        options.append(_of_setting(setting, setting.default, f"With --data: {setting.metadata['help']}"))
     return _apply(options, command)

@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minift_kernels.blockwise import INTERPRETED, _nearest_dynamic, _slopes, block_absmax, store_rounded
-from minift_kernels.rounding import TARGETS, _random_words
+from minift_kernels.blockwise import INTERPRETED, block_absmax, nearest_dynamic, slopes, store_rounded
+from minift_kernels.rounding import TARGETS, philox_words, round_by_chance
 
 BLOCK = 256
 TILE = 2048  # values a program handles: whole blocks of one tensor
@@ -52,30 +52,6 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _round_by_chance(
-    x, word, DROPPED: tl.constexpr, LARGEST: tl.constexpr, INFINITY: tl.constexpr, QUIET: tl.constexpr,
-    FLOAT16: tl.constexpr,
-):  # fmt: skip
-    """fp32, uint32 words -> int16 patterns: floor(|x| / quantum + word / 2^32) quanta; see rounding.py."""
-    pattern = x.to(tl.int32, bitcast=True)
-    magnitude = pattern & 0x7FFFFFFF
-    if FLOAT16:
-        exponent = magnitude >> 23
-        normal = (magnitude - ((127 - 15) << 23)).to(tl.int64) << (32 - DROPPED)
-        significand = ((magnitude & 0x7FFFFF) | 0x800000).to(tl.int64)
-        shift = exponent - (126 - 32)
-        left, right = tl.minimum(tl.maximum(shift, 0), 18), tl.minimum(tl.maximum(-shift, 0), 24)
-        subnormal = (significand << left.to(tl.int64)) >> right.to(tl.int64)
-        quanta = tl.where(exponent > 127 - 15, normal, subnormal)
-    else:
-        quanta = magnitude.to(tl.int64) << (32 - DROPPED)
-    half = tl.full(x.shape, 1 << 31, tl.int64)
-    rounded = tl.minimum((quanta + tl.where(magnitude > LARGEST, half, word.to(tl.int64))) >> 32, INFINITY).to(tl.int32)
-    nan = INFINITY | QUIET | ((magnitude & 0x7FFFFF) >> DROPPED)
-    return (((pattern >> 16) & 0x8000) | tl.where(magnitude > 0x7F800000, nan, rounded)).to(tl.int16)
-
-
-@triton.jit
 def _load_mean(state_ptr, absmax_ptr, values_ptr, offsets, blocks, mask, mask_blocks, EIGHT_BIT: tl.constexpr):
     """fp32 [blocks, 256] from codes and scales, or as it is."""
     if EIGHT_BIT:
@@ -93,7 +69,7 @@ def _store_mean(
     if EIGHT_BIT:
         absmax, divisor = block_absmax(mean)
         tl.store(absmax_ptr + blocks, absmax, mask=mask_blocks)
-        code = _nearest_dynamic(mean * tl.div_rn(1.0, divisor)[:, None], boundaries_ptr, slopes_ptr, SIGNED)
+        code = nearest_dynamic(mean * tl.div_rn(1.0, divisor)[:, None], boundaries_ptr, slopes_ptr, SIGNED)
         tl.store(state_ptr + offsets, code.to(tl.uint8), mask=mask)
     else:
         tl.store(state_ptr + offsets, mean, mask=mask)
@@ -166,8 +142,8 @@ def _adamw8bit_kernel(
 
     if STOCHASTIC:
         counter = (first + block * 256) // 4 + row[:, None] * 64 + tl.arange(0, 64)[None, :]
-        word = _random_words(counter, seed)
-        rounded = _round_by_chance(p, word, DROPPED, LARGEST, INFINITY, QUIET, FLOAT16)
+        word = philox_words(counter, seed)
+        rounded = round_by_chance(p.to(tl.int32, bitcast=True), word, DROPPED, LARGEST, INFINITY, QUIET, FLOAT16)
         p_ptr = p_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
         tl.store(p_ptr + within, rounded, mask=mask)
     else:
@@ -238,7 +214,7 @@ def adamw8bit_(
     device = m[0].device
     addresses = torch.tensor(found, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     both = (m[0], v[0], m[1], v[1], m[2].values, v[2].values, m[2].boundaries, v[2].boundaries,
-            _slopes(True, device), _slopes(False, device))  # fmt: skip
+            slopes(True, device), slopes(False, device))  # fmt: skip
     aligned = not any(number % 16 for number in (*found, *sizes))
     for (dtype, grad), chosen in kinds.items():
         tiles = _tiles(sizes, tuple(chosen), device)

@@ -57,7 +57,7 @@ def store_rounded(out_ptr, offsets, value, mask, ROUND_BY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _nearest_dynamic(x, boundaries_ptr, slopes_ptr, SIGNED: tl.constexpr):
+def nearest_dynamic(x, boundaries_ptr, slopes_ptr, SIGNED: tl.constexpr):
     """fp32 x -> int32 code of the nearest entry of the dynamic map, ties to even."""
     magnitude = tl.abs(x)
     decade = (magnitude > 1e-6).to(tl.int32) + (magnitude > 1e-5).to(tl.int32) + (magnitude > 1e-4).to(tl.int32)
@@ -92,7 +92,7 @@ def _quantize_blockwise_kernel(
     absmax, divisor = block_absmax(x)
     tl.store(absmax_ptr + block, absmax, mask=block * BLOCKSIZE < n)
     normalized = x * tl.div_rn(1.0, divisor)[:, None]
-    code = _nearest_dynamic(normalized, boundaries_ptr, slopes_ptr, SIGNED)
+    code = nearest_dynamic(normalized, boundaries_ptr, slopes_ptr, SIGNED)
     tl.store(codes_ptr + offsets, code.to(tl.uint8), mask=offsets < n)
 
 
@@ -117,7 +117,7 @@ def _dequantize_blockwise_kernel(
 
 
 @cache
-def _slopes(signed: bool, device: torch.device) -> Tensor:
+def slopes(signed: bool, device: torch.device) -> Tensor:
     """Steps for each unit of magnitude in each decade, fp32 [7]: 0.9 x 10^(d-6) is the width of decade d."""
     steps = [(1 if signed else 2) << decade for decade in range(7)]
     return torch.tensor([steps[decade] * 10.0 ** (6 - decade) / 0.9 for decade in range(7)], device=device)
@@ -151,7 +151,7 @@ def quantize_blockwise(
         _quantize_blockwise_kernel[grid](
             x,
             boundaries,
-            _slopes(signed, x.device),
+            slopes(signed, x.device),
             codes,
             absmax,
             n,

@@ -27,12 +27,37 @@ TARGETS = {
 
 
 @triton.jit
-def _random_words(counter, seed):
+def philox_words(counter, seed):
     """Counters int64 [c] -> their words uint32 [4 * c], the four of a counter next to each other."""
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def round_by_chance(
+    pattern, word, DROPPED: tl.constexpr, LARGEST: tl.constexpr, INFINITY: tl.constexpr, QUIET: tl.constexpr,
+    FLOAT16: tl.constexpr,
+):  # fmt: skip
+    """int32 patterns of fp32 and words uint32 -> int16 patterns: floor(|x| / quantum + word / 2^32) quanta."""
+    magnitude = pattern & 0x7FFFFFFF
+    # |x| in quanta with 32 bits behind the point; see minift/numerics/rounding.py.
+    if FLOAT16:
+        exponent = magnitude >> 23
+        normal = (magnitude - ((127 - 15) << 23)).to(tl.int64) << (32 - DROPPED)
+        significand = ((magnitude & 0x7FFFFF) | 0x800000).to(tl.int64)
+        shift = exponent - (126 - 32)
+        left, right = tl.minimum(tl.maximum(shift, 0), 18), tl.minimum(tl.maximum(-shift, 0), 24)
+        subnormal = (significand << left.to(tl.int64)) >> right.to(tl.int64)
+        quanta = tl.where(exponent > 127 - 15, normal, subnormal)
+    else:
+        quanta = magnitude.to(tl.int64) << (32 - DROPPED)
+    half = tl.full(pattern.shape, 1 << 31, tl.int64)
+    word = tl.where(magnitude > LARGEST, half, word.to(tl.int64))
+    rounded = tl.minimum((quanta + word) >> 32, INFINITY).to(tl.int32)
+    nan = INFINITY | QUIET | ((magnitude & 0x7FFFFF) >> DROPPED)
+    return (((pattern >> 16) & 0x8000) | tl.where(magnitude > 0x7F800000, nan, rounded)).to(tl.int16)
 
 
 # Without do_not_specialize Triton compiles again for a seed of 1 or one divisible by 16.
@@ -51,28 +76,12 @@ def _stochastic_round_kernel(
 ):
     """Program i rounds elements [4 * i * COUNTERS, 4 * (i + 1) * COUNTERS). x_ptr: int32 patterns; out_ptr: int16."""
     first_counter = tl.program_id(0).to(tl.int64) * COUNTERS
-    word = _random_words(first_counter + tl.arange(0, COUNTERS), seed).to(tl.int64)
+    word = philox_words(first_counter + tl.arange(0, COUNTERS), seed)
     offsets = 4 * first_counter + tl.arange(0, 4 * COUNTERS)
     mask = offsets < n
     pattern = tl.load(x_ptr + offsets, mask=mask, other=0)
-    magnitude = pattern & 0x7FFFFFFF
-    # |x| in quanta with 32 bits behind the point; see minift/numerics/rounding.py.
-    if FLOAT16:
-        exponent = magnitude >> 23
-        normal = (magnitude - ((127 - 15) << 23)).to(tl.int64) << (32 - DROPPED)
-        significand = ((magnitude & 0x7FFFFF) | 0x800000).to(tl.int64)
-        shift = exponent - (126 - 32)
-        left, right = tl.minimum(tl.maximum(shift, 0), 18), tl.minimum(tl.maximum(-shift, 0), 24)
-        subnormal = (significand << left.to(tl.int64)) >> right.to(tl.int64)
-        quanta = tl.where(exponent > 127 - 15, normal, subnormal)
-    else:
-        quanta = magnitude.to(tl.int64) << (32 - DROPPED)
-    half = tl.full([4 * COUNTERS], 1 << 31, tl.int64)
-    word = tl.where(magnitude > LARGEST, half, word)
-    rounded = tl.minimum((quanta + word) >> 32, INFINITY).to(tl.int32)
-    nan = INFINITY | QUIET | ((magnitude & 0x7FFFFF) >> DROPPED)
-    result = ((pattern >> 16) & 0x8000) | tl.where(magnitude > 0x7F800000, nan, rounded)
-    tl.store(out_ptr + offsets, result.to(tl.int16), mask=mask)
+    result = round_by_chance(pattern, word, DROPPED, LARGEST, INFINITY, QUIET, FLOAT16)
+    tl.store(out_ptr + offsets, result, mask=mask)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int, out: Tensor | None = None) -> Tensor:

@@ -87,17 +87,31 @@ def encode_cached(
     with closing(_encode(job, rows, processes)) as chunks:
         if cache is None:
             return TokenStore.from_chunks(chunks)
-        if Path(cache).is_file():
-            raise ValueError(f"the cache must be a folder, and {cache} is a file")
         key = cache_key(tokenizer, rows, loss_on, max_length, special_in_text, drop)
-        path = Path(cache) / f"{key}{SUFFIX}"
-        if path.exists():
-            return TokenStore.open(path, key)
-        try:
-            write_store(path, key, chunks)
-        except PermissionError:  # Windows: another run was first, and has it open
-            if not path.exists():
-                raise
+        store = find(cache, key)
+        return keep(cache, key, chunks) if store is None else store
+
+
+def find(cache: str | Path, key: str) -> TokenStore | None:
+    """The store for this key, if there is one.
+
+    Raises:
+        ValueError: a damaged store, by its name; a cache that is a file.
+    """
+    if Path(cache).is_file():
+        raise ValueError(f"the cache must be a folder, and {cache} is a file")
+    path = Path(cache) / f"{key}{SUFFIX}"
+    return TokenStore.open(path, key) if path.exists() else None
+
+
+def keep(cache: str | Path, key: str, chunks: Iterable[Chunk]) -> TokenStore:
+    """Write a store and open it; its size, and that of the cache, are said on stderr."""
+    path = Path(cache) / f"{key}{SUFFIX}"
+    try:
+        write_store(path, key, chunks)
+    except PermissionError:  # Windows: another run was first, and has it open
+        if not path.exists():
+            raise
     store, (count, size) = TokenStore.open(path, key), cache_size(cache)
     print(
         f"{path}: {len(store):,} rows in {path.stat().st_size / 1e6:,.1f} MB; the cache now holds {count:,} stores in "
@@ -121,7 +135,7 @@ def cache_key(
     today = date.today().isoformat() if "strftime_now" in (template or "") else None
     digest.update(_bytes([VERSION, today, *map(version, LIBRARIES), *(path.read_bytes() for path in CODE)]))
     digest.update(_bytes([loss_on, max_length, special_in_text, drop]))
-    digest.update(_bytes([tokenizer._tokenizer.to_str(), template, tokenizer.special]))
+    digest.update(_bytes([tokenizer.backend.to_str(), template, tokenizer.special]))
     for row in rows:
         digest.update(_bytes(row))
     return digest.hexdigest()

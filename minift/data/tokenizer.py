@@ -60,6 +60,7 @@ class Tokenizer:
         bos_token, eos_token, pad_token, unk_token: the same, None where the checkpoint has none.
         bos_id, eos_id, pad_id, unk_id: their ids, None where the checkpoint has none (pad falls back to eos).
         template: Jinja source of the chat template, or None.
+        backend: the `tokenizers` object that splits and merges.
 
     Raises:
         FileNotFoundError: none of the files that hold a vocabulary.
@@ -69,19 +70,19 @@ class Tokenizer:
     def __init__(self, folder: Path):
         self._config = _read_config(folder)
         whole = (folder / "tokenizer.json").is_file()
-        self._tokenizer = _from_json(folder) if whole else _from_pair(folder, self._config)
-        if not whole and self._tokenizer.token_to_id(GPT2_SPECIAL) is not None:
+        self.backend = _from_json(folder) if whole else _from_pair(folder, self._config)
+        if not whole and self.backend.token_to_id(GPT2_SPECIAL) is not None:
             self._config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), GPT2_SPECIAL) | self._config
         # Saved settings of somebody's training run; a text must not be cut or filled up unasked.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self.special = {role: _content(self._config[role]) for role in ROLES if self._config.get(role)}
-        _register(self._tokenizer, folder, self._config, self.special)
+        _register(self.backend, folder, self._config, self.special)
         if not whole:
-            self._tokenizer.post_processor = _around(self._tokenizer, self._config, self.special)
+            self.backend.post_processor = _around(self.backend, self._config, self.special)
         self.bos_token, self.eos_token = self.special.get("bos_token"), self.special.get("eos_token")
         self.pad_token, self.unk_token = self.special.get("pad_token"), self.special.get("unk_token")
-        ids = {role: self._tokenizer.token_to_id(token) for role, token in self.special.items()}
+        ids = {role: self.backend.token_to_id(token) for role, token in self.special.items()}
         self.bos_id, self.eos_id, self.unk_id = ids.get("bos_token"), ids.get("eos_token"), ids.get("unk_token")
         self.pad_id = ids.get("pad_token", self.eos_id)
         self.template = _template(folder, self._config)
@@ -89,12 +90,12 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """Number of tokens. The model may have more rows, never fewer (model/resize.py)."""
-        return self._tokenizer.get_vocab_size()
+        return self.backend.get_vocab_size()
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """Every special token, with or without a role, and its id; in the order of ids."""
-        known = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        known = sorted(self.backend.get_added_tokens_decoder().items())
         return {token.content: index for index, token in known if token.special}
 
     def add_tokens(self, tokens: Sequence[str], special: bool = True) -> list[int]:
@@ -109,13 +110,13 @@ class Tokenizer:
         """
         if isinstance(tokens, str) or not all(isinstance(token, str) and token for token in tokens):
             raise ValueError(f"tokens must be a list of texts that are not empty, got {tokens!r}")
-        known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        known = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
         added = [known.get(token) or AddedToken(token, normalized=False) for token in tokens]
         for token in added:  # those that are known keep their other flags: Phi-3's swallow the space behind them
             token.special = token.special or special
-        self._tokenizer.add_tokens(added)
+        self.backend.add_tokens(added)
         self._controls = None
-        ids = (self._tokenizer.token_to_id(token) for token in tokens)
+        ids = (self.backend.token_to_id(token) for token in tokens)
         return [index for index in ids if index is not None]
 
     def encode(self, text: str, add_special_tokens: bool = True, special_in_text: bool = True) -> list[int]:
@@ -129,9 +130,9 @@ class Tokenizer:
         Raises:
             ValueError: text that is not valid Unicode (half of a surrogate pair).
         """
-        self._tokenizer.encode_special_tokens = not special_in_text
+        self.backend.encode_special_tokens = not special_in_text
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
             raise ValueError("the text is not valid Unicode: it cannot be written as UTF-8") from None
 
@@ -144,20 +145,18 @@ class Tokenizer:
         Raises:
             ValueError: text that is not valid Unicode.
         """
-        return encode_batch(self._tokenizer, texts, add_special_tokens)
+        return encode_batch(self.backend, texts, add_special_tokens)
 
     @property
     def controls(self) -> Controls:
         """The special tokens, and a way to keep users from writing them: see controls.py."""
         if self._controls is None:
-            self._controls = Controls(
-                self._tokenizer, list(dict.fromkeys([*self.special_tokens, *self.special.values()]))
-            )
+            self._controls = Controls(self.backend, list(dict.fromkeys([*self.special_tokens, *self.special.values()])))
         return self._controls
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self,
@@ -188,7 +187,7 @@ class Tokenizer:
         """
         folder = Path(folder)  # tokenizer.json comes first: the configuration may name tokens that only it has
         with atomic_file(folder / "tokenizer.json") as path:
-            self._tokenizer.save(str(path))
+            self.backend.save(str(path))
         template = folder / "chat_template.jinja"
         if self.template is None:
             template.unlink(missing_ok=True)  # of another tokenizer

@@ -71,8 +71,8 @@ def resize_embeddings(model: CausalLM, tokens: int, multiple_of: int = 1, shrink
     for name, number in (("tokens", tokens), ("multiple_of", multiple_of)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a positive integer, got {number!r}")
-    embedding, head = model.model.embed_tokens, model.lm_head
-    for name, layer, plain in (("model.embed_tokens", embedding, nn.Embedding), ("lm_head", head, nn.Linear)):
+    embedding, head = model.decoder.embed_tokens, model.lm_head
+    for name, layer, plain in (("embed_tokens", embedding, nn.Embedding), ("lm_head", head, nn.Linear)):
         if not isinstance(layer, plain):
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, which cannot get more rows; resize before the model is quantized "

@@ -67,10 +67,8 @@ def look_at(
         color: whether str() has ANSI colours.
     """
     config = config or TrainConfig()
-    # What these two cut from a row goes on in the next one, so no row is cut before.
-    limit = None if config.packing in ("wrapped", "bfd_split") else config.max_length
-    report = examine(tokenizer, rows, config.loss_on, limit, problems="show")
-    shown = show_rows(tokenizer, rows[:first], config.loss_on, limit, color)
+    report = examine(tokenizer, rows, config.loss_on, config.row_limit, problems="show")
+    shown = show_rows(tokenizer, rows[:first], config.loss_on, config.row_limit, color)
     return DataLook(report, _batches(report.examples, config) if report.examples else "", shown)
 
 

@@ -157,7 +157,7 @@ class _Speller:
     """How the tokens of a tokenizer look, one by one: decoding them alone would lose spaces and half characters."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._backend = tokenizer._tokenizer  # its vocabulary, which has more to say than decode()
+        self._backend = tokenizer.backend  # its vocabulary, which has more to say than decode()
         self._controls = set(tokenizer.controls.ids.values())
         self._added = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
         decoder = self._backend.decoder

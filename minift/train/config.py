@@ -72,6 +72,11 @@ class TrainConfig:
     log_every: int = _setting(1, "Steps between entries of log.json; log.jsonl has every step.")
     tensorboard: bool = _setting(True, "Write events for TensorBoard, too, where that is installed.")
 
+    @property
+    def row_limit(self) -> int | None:
+        """Tokens after which a row is cut before it is packed; None for packing that goes on with the rest of it."""
+        return None if self.packing in ("wrapped", "bfd_split") else self.max_length
+
     def __post_init__(self) -> None:
         for name in ("output_dir", "cache"):
             object.__setattr__(self, name, os.fspath(getattr(self, name)))

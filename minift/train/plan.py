@@ -6,12 +6,13 @@ rows of the data set -> examples (examined) -> rows that can be drawn (an exampl
 from collections.abc import Callable, Sequence
 
 from minift.data.batching import by_length, order
-from minift.data.cache import encode_cached
+from minift.data.cache import cache_key, find, keep
 from minift.data.collate import Batch, collate, share_prefix, stack
 from minift.data.encode import Example
 from minift.data.formats import Row
 from minift.data.packing import lay_out, pack_report
 from minift.data.report import DataReport, examine
+from minift.data.store import flat
 from minift.data.tokenizer import Tokenizer
 from minift.train.config import TrainConfig
 
@@ -20,24 +21,21 @@ def encoded(
     tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig, say: Callable[[str], object]
 ) -> Sequence[Example]:
     """The examples to train on: with a report of what they train, or out of the cache."""
-    if not config.cache:
-        data = examine_rows(tokenizer, rows, config)
-        say(data.format())
-        return data.examples
-    drop = config.problems == "drop"
-    store = encode_cached(tokenizer, rows, config.loss_on, _cut(config), cache=config.cache, drop=drop)
-    say(f"{len(store):,} rows of {int(store.lengths.sum()):,} tokens from {store.path} (their report: minift inspect)")
-    return store
-
-
-def _cut(config: TrainConfig) -> int | None:
-    """A packed row is cut to length by packing; these two go on with the rest of a document in another row."""
-    return None if config.packing in ("wrapped", "bfd_split") else config.max_length
+    key = ""
+    if config.cache:
+        key = cache_key(tokenizer, rows, config.loss_on, config.row_limit, False, config.problems == "drop")
+        key = f"{key}-examined"  # encode_cached refuses less than a report does
+        if (store := find(config.cache, key)) is not None:
+            say(f"{len(store):,} rows of {int(store.lengths.sum()):,} tokens from {store.path}")
+            return store
+    data = examine_rows(tokenizer, rows, config)
+    say(data.format())
+    return keep(config.cache, key, [flat(data.examples)]) if config.cache else data.examples
 
 
 def examine_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig) -> DataReport:
     """Encode every row, and stop where a row would train nothing (see data/report.py)."""
-    return examine(tokenizer, rows, config.loss_on, _cut(config), problems=config.problems)
+    return examine(tokenizer, rows, config.loss_on, config.row_limit, problems=config.problems)
 
 
 def drawable(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minift.adapters.report import without_gradient
 from minift.data.collate import Batch
 from minift.data.encode import IGNORE
 from minift.model.attention import SharedPrefix
@@ -114,7 +115,7 @@ def train_step(
     for batch in micro_batches:
         loss += backward(model, batch.to(model.device), trained, gradient_checkpointing)
 
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    missing = without_gradient(model)
     if missing:
         optimizer.zero_grad(set_to_none=True)
         raise ValueError(

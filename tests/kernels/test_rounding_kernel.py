@@ -30,12 +30,12 @@ if INTERPRETED or torch.cuda.is_available():  # else every test here is skipped,
     import triton
     import triton.language as tl
 
-    from minift_kernels.rounding import _random_words
+    from minift_kernels.rounding import philox_words
 
     @triton.jit
     def _sixteen_counters_kernel(out_ptr, first_counter, seed):
         counter = tl.cast(first_counter, tl.int64) + tl.arange(0, 16)
-        tl.store(out_ptr + tl.arange(0, 64), _random_words(counter, seed).to(tl.int64))
+        tl.store(out_ptr + tl.arange(0, 64), philox_words(counter, seed).to(tl.int64))
 
 
 def round_guarded(x: Tensor, dtype: torch.dtype, seed: int, device: str) -> Tensor:

@@ -413,7 +413,15 @@ def test_cached_rows_train_as_fresh_ones(tiny: Path, tmp_path: Path, make_model:
         losses.append([record.loss for record in result.steps])
     assert losses[0] == losses[1] == losses[2]
     (store,) = (tmp_path / "tokens").iterdir()
-    assert sum(str(store) in line for line in said) == 2
+    assert ["answers end with" in text for text in said[::2]] == [True, True, False]  # a report, or the store's name
+    assert said[4].endswith(str(store))
+
+
+def test_the_cache_refuses_what_a_run_without_it_refuses(tiny: Path, tmp_path: Path, make_model: Any):
+    rows = [*ROWS[:4], {"text": ""}]
+    with pytest.raises(ValueError, match=r"1 of 5 rows cannot be trained on \(row 5: "):
+        run(make_model(tiny), tiny, rows, config(tmp_path / "run", cache=str(tmp_path / "tokens")))
+    assert not (tmp_path / "tokens").exists()
 
 
 @pytest.mark.parametrize("training", [False, True])
