@@ -17,11 +17,11 @@ Tensor names end in their dimensions (`x_bsd`, `weight_oi`):
     n flat elements                     m quantization block                    c element within a block
 """
 
-from minift.adapters.files import load_adapter, save_adapter
 from minift.adapters.inject import add_lora
 from minift.adapters.lora import LoraConfig
 from minift.adapters.many import combine, disabled, set_adapter
 from minift.adapters.merge import merge_lora
+from minift.adapters.verbs import add_adapter, load_adapter, save_adapter
 from minift.data.collate import Batch, collate, flatten
 from minift.data.encode import Example, encode
 from minift.data.formats import read_dataset
@@ -54,6 +54,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
+    "add_adapter",
     "add_lora",
     "collate",
     "combine",

@@ -210,7 +210,7 @@ def inspect(what: str | None, quantize: str, dtype: str, every: bool, data: str 
         raise click.UsageError(
             "Give either WHAT (a model or an adapter) or --data (a data set).", click.get_current_context()
         )
-    from minift.adapters.files import CONFIG
+    from minift.adapters.folder import CONFIG
     from minift.numerics.dtypes import DTYPES
     from minift.sources.resolve import resolve
     from minift.study.memory import folder_table, format_table, group_layers

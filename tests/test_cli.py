@@ -726,7 +726,7 @@ def test_a_full_disk_is_status_1_and_nothing_is_half_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     # By name in sys.modules: `minift.train` is the function, which hides the package of that name.
-    module = {"adapter": "minift.adapters.files", "checkpoint": "minift.train.checkpoint"}[what]
+    module = {"adapter": "minift.adapters.folder", "checkpoint": "minift.train.checkpoint"}[what]
     monkeypatch.setattr(sys.modules[module], "save_file", full)
     message = the_error(run("train", "--model", tiny, "--data", data, *QUICK, "--max-steps", 2), status=1)
     assert "OSError" in message and "No space left on device" in message

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minift.adapters.files import WEIGHTS, read_adapter_config, read_adapter_weights
+from minift.adapters.folder import WEIGHTS, read_adapter_weights
+from minift.adapters.lora_files import read_adapter_config
 from minift.model.load import build_model
 from minift.quant.config import QuantConfig
 from minift.quant.linear import Linear8bit, QuantizedLinear

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from minift.adapters.files import save_adapter
 from minift.adapters.inject import lora_layers
+from minift.adapters.verbs import save_adapter
 from minift.data.collate import Batch
 from minift.data.formats import Row
 from minift.data.tokenizer import Tokenizer

@@ -447,7 +447,7 @@ def test_a_full_disk_leaves_the_old_adapter_intact(
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minift.adapters.files.save_file", full)
+    monkeypatch.setattr("minift.adapters.folder.save_file", full)
     with pytest.raises(OSError) as error:
         minift.save_adapter(adapted(tiny), saved)
     assert error.value.errno == errno.ENOSPC

@@ -23,13 +23,13 @@ import pytest
 import torch
 
 import minift
-from minift.adapters.files import save_adapter
+from minift.adapters.verbs import save_adapter
 from minift.train.config import TrainConfig
 from minift.train.loop import StepRecord, TrainResult, train
 
 # `minift.train` is also the name of a function, so its rooms are fetched by name.
 loop, checkpoint = import_module("minift.train.loop"), import_module("minift.train.checkpoint")
-adapter_files = import_module("minift.adapters.files")
+adapter_files = import_module("minift.adapters.folder")
 
 ROWS = peers.as_messages(peers.demo_rows(11))
 STEPS = 7

@@ -1,4 +1,4 @@
-"""Adapter files, in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors.
+"""LoRA in adapter files (folder.py), as PEFT writes it.
 
     base_model.model.<path of the layer>.lora_A.weight      [r, in]
     base_model.model.<path of the layer>.lora_B.weight      [out, r]
@@ -8,25 +8,21 @@ The adapter's name is not part of the keys. An adapter saved here loads in PEFT,
 only warns when keys match nothing; here every key must find its layer, and every layer of the adapter its two keys.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minift.adapters.config import ALL_LINEAR, LoraConfig
+from minift.adapters.folder import CONFIG, PREFIX, WEIGHTS, read_content
 from minift.adapters.inject import check_adapter_name, check_start, freeze_base, linear_layers, lora_layers, wrap
 from minift.adapters.lora import LoraLinear
-from minift.atomic import atomic_folder
 from minift.quant.linear import QuantizedLinear
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+LORA = "LORA"
 # Settings of PEFT's LoRA that change the computation and are not computed here, with the value that turns each off.
 OFF: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
@@ -47,8 +43,8 @@ OFF: dict[str, tuple[Any, ...]] = {
 INITS = {"default": True, "random": False, "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default") -> Path:
-    """Write one adapter of the model; an existing folder is replaced as a whole.
+def lora_to_file(model: nn.Module, adapter: str) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a LoRA by their names in the file (without "base_model.model."), and its settings.
 
     Raises:
         ValueError: the model has no adapter of that name, or one whose base weights cannot be computed again.
@@ -63,15 +59,9 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
             "merge it and save the model, or begin with 'pissa'"
         )
     tensors = {
-        f"{PREFIX}{path}.{name}": tensor.detach().cpu().contiguous()
-        for path, layer in layers.items()
-        for name, tensor in layer.tensors(adapter).items()
+        f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors(adapter).items()
     }
-    content = file_content(model, config, list(layers))
-    with atomic_folder(Path(folder)) as place:
-        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
-        (place / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return Path(folder)
+    return tensors, file_content(model, config, list(layers))
 
 
 def file_content(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[str, Any]:
@@ -79,12 +69,10 @@ def file_content(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict
     settings = getattr(model, "config", None)
     return {
         "alpha_pattern": dict(config.alpha_pattern),
-        "base_model_name_or_path": getattr(model, "name", ""),
         "bias": "none",
         "exclude_modules": _names(config.exclude_modules) or None,
         # GPT-2's files hold linear weights transposed; A and B are the same either way.
         "fan_in_fan_out": bool(settings is not None and settings.family.transposed),
-        "inference_mode": True,
         "init_lora_weights": INITS[config.init],
         "layers_pattern": _names(config.layers_pattern) or None,
         "layers_to_transform": config.layers_to_transform and list(config.layers_to_transform),
@@ -93,15 +81,13 @@ def file_content(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict
         "lora_dropout": config.dropout,
         "loftq_config": {"loftq_bits": 4, "loftq_iter": config.loftq_iterations} if config.init == "loftq" else {},
         "modules_to_save": None,
-        "peft_type": "LORA",
+        "peft_type": LORA,
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
-        "revision": None,
         # "all-linear" is spelled out: for a model with another head it would mean other layers.
         "target_modules": sorted({path.rpartition(".")[2] for path in paths})
         if config.target_modules == ALL_LINEAR
         else _names(config.target_modules or ()),
-        "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
@@ -111,19 +97,16 @@ def _names(value: str | Sequence[str]) -> str | list[str]:
     return value if isinstance(value, str) else list(value)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, adapter: str = "default", trainable: bool = False) -> str:
-    """Add a saved adapter to a model, active and (unless `trainable`) frozen. The base model's weights are frozen.
-
-    Returns:
-        the adapter's name.
-
-    Raises:
-        FileNotFoundError: not an adapter folder.
-        ValueError: another kind of adapter, an unsupported setting, or keys or shapes that do not fit the model.
-    """
-    folder = Path(folder)
-    config = read_adapter_config(folder)
-    tensors = read_adapter_weights(folder)
+def load_lora(
+    model: nn.Module,
+    folder: Path,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    adapter: str,
+    trainable: bool,
+) -> str:
+    """Add a LoRA that was read from a folder; see `load_adapter`."""
+    config = lora_config(folder / CONFIG, content)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, _parts(config)))})", key)
@@ -171,17 +154,15 @@ def _check_shapes(
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The settings in adapter_config.json, if they are ones that this library computes."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not an adapter folder: it holds no {CONFIG}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type {kind!r} is not supported; supported: LORA")
+    """The settings in the adapter_config.json of a LoRA; errors as `load_adapter`."""
+    content = read_content(folder)
+    if content.get("peft_type") != LORA:
+        raise ValueError(f"{folder / CONFIG}: peft_type {content.get('peft_type')!r} is not LoRA")
+    return lora_config(folder / CONFIG, content)
+
+
+def lora_config(path: Path, content: Mapping[str, Any]) -> LoraConfig:
+    """The settings in an adapter_config.json, if they are ones that this library computes."""
     for key, allowed in OFF.items():
         if key in content and content[key] not in allowed:
             raise ValueError(f"{path}: {key}={content[key]!r} is not supported")
@@ -211,22 +192,3 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ValueError(f"{path} lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of adapter_model.safetensors."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        reason = "only a pickle, which can run any program when opened" if pickled else f"no {WEIGHTS}"
-        raise FileNotFoundError(f"{folder} holds {reason}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors")
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} holds {tensor.dtype}, not floating-point numbers")
-    return tensors
