@@ -5,10 +5,11 @@ The rooms, from the ground up (a file imports only from lower floors):
     numerics  sources        how one number is rounded; where a model's files come from
     quant                    how a tensor is stored in 4 or 8 bits
     optim  model  data       optimizers; the decoder; rows, tokens, labels, batches
-    adapters                 LoRA
+    adapters                 LoRA and its relatives
     train                    the step, the loop, checkpoints
     study                    tables and plots
     cli                      the `minift` command
+    course                   exercises and their judge; imports nothing of the above
 
 Tensor names end in their dimensions (`x_bsd`, `weight_oi`):
 

@@ -36,7 +36,7 @@ Peer: bitsandbytes AdamW8bit. Source: 8-bit Optimizers via Block-wise Quantizati
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -47,7 +47,9 @@ from torch import Tensor
 from minift.numerics.dtypes import DTYPES
 from minift.numerics.rounding import TARGETS, _floor_quanta, random_words
 from minift.optim.adamw import Optimizer, check_hyperparameters
+from minift.optim.compiled import update_
 from minift.optim.paging import Page, PagePool
+from minift.quant import compiled
 from minift.quant.codebooks import dynamic_map, nearest_dynamic
 
 BLOCK = 256
@@ -179,7 +181,7 @@ class AdamW8bit(Optimizer):
             return
         if index not in self._pages:
             pages = self.pool.add(*(state[name].view(-1, PAGED[name][1]) for name in PAGED))
-            pieces = pieces_of([p.numel() for p in params], pages[0].stop * BLOCK)
+            pieces = pieces_of(tuple(p.numel() for p in params), pages[0].stop * BLOCK)
             self._pages[index] = list(zip(pages, pieces, strict=True))
         # Forwards and backwards in turn: the last pages of the step before are still on the device.
         walk = self._pages[index][:: 1 if state["step"] % 2 else -1]
@@ -246,7 +248,8 @@ def _with_dense(update: Callable, params: list[Tensor], *arguments: Any) -> None
 Pieces = list[tuple[int, int, int, int]]
 
 
-def pieces_of(sizes: Sequence[int], width: int) -> list[Pieces]:
+@cache
+def pieces_of(sizes: tuple[int, ...], width: int) -> list[Pieces]:
     """Cut the flat buffer into ranges and say what lies in each: (tensor, its first element, its last + 1, place in
     the range).
 
@@ -318,28 +321,19 @@ def _adamw8bit_(
     first: place of the first element in the sequence of random numbers, a multiple of 4.
     """
     buffers = torch.empty(2, min(WINDOW, len(m)), device=m.device)
-    for number, pieces in enumerate(pieces_of([p.numel() for p in params], WINDOW)):
+    for number, pieces in enumerate(pieces_of(tuple(p.numel() for p in params), WINDOW)):
         start = number * WINDOW
         p_n, g_n = buffers[:, : len(m) - start].zero_()  # the padding counts
-        held = [params[i].view(-1)[begin:end] for i, begin, end, _ in pieces]
+        held = [_part(params[i], begin, end) for i, begin, end, _ in pieces]
         torch._foreach_copy_(_views(p_n, pieces), held)
-        torch._foreach_copy_(_views(g_n, pieces), [grads[i].view(-1)[begin:end] for i, begin, end, _ in pieces])
-        for offset in range(0, len(p_n), CHUNK):
-            chunk = slice(offset, offset + CHUNK)
-            here = slice(start + offset, start + offset + len(p_n[chunk]))
-            if m_absmax is None or v_absmax is None:
-                _update_(p_n[chunk], g_n[chunk], m[here], v[here], Factors(*factors))
-                continue
-            states = ((m, m_absmax, True), (v, v_absmax, False))
-            means = [
-                torch.ops.minift.dequantize_blockwise(
-                    codes[here], absmax[_blocks(here)], _map(signed, codes.device), BLOCK, torch.float32
-                )
-                for codes, absmax, signed in states
-            ]
-            _update_(p_n[chunk], g_n[chunk], means[0], means[1], Factors(*factors))
-            for mean, (codes, absmax, signed) in zip(means, states, strict=True):
-                codes[here], absmax[_blocks(here)] = torch.ops.minift.quantize_blockwise(mean, signed, BLOCK)
+        torch._foreach_copy_(_views(g_n, pieces), [_part(grads[i], begin, end) for i, begin, end, _ in pieces])
+        here = slice(start, start + len(p_n))
+        if m_absmax is None or v_absmax is None:
+            _update_(p_n, g_n, m[here], v[here], Factors(*factors))
+        else:
+            means = ((m[here], m_absmax[_blocks(here)]), (v[here], v_absmax[_blocks(here)]))
+            update = _update_compiled_ if compiled.applies(m, len(m), BLOCK) else _update_coded_
+            update(p_n, g_n, *means, Factors(*factors))
         for dtype in {p.dtype for p in held}:
             rounded = _rounded(p_n, dtype, first + start, seed) if stochastic and dtype in TARGETS else p_n
             views = [x for x, p in zip(_views(rounded, pieces), held, strict=True) if p.dtype == dtype]
@@ -371,8 +365,42 @@ def _update_(p_n: Tensor, g_n: Tensor, m_n: Tensor, v_n: Tensor, f: Factors) -> 
     p_n.mul_(f.before).sub_(update_n).mul_(f.after)
 
 
+Coded = tuple[Tensor, Tensor]  # codes and scales of a running mean
+
+
+def _update_coded_(p_n: Tensor, g_n: Tensor, m: Coded, v: Coded, f: Factors) -> None:
+    """`_update_` for means in 8 bits, a chunk at a time."""
+    states = ((*m, True), (*v, False))
+    for offset in range(0, len(p_n), CHUNK):
+        chunk = slice(offset, min(offset + CHUNK, len(p_n)))
+        means = [
+            torch.ops.minift.dequantize_blockwise(
+                codes[chunk], absmax[_blocks(chunk)], _map(signed, codes.device), BLOCK, torch.float32
+            )
+            for codes, absmax, signed in states
+        ]
+        _update_(p_n[chunk], g_n[chunk], means[0], means[1], f)
+        for mean, (codes, absmax, signed) in zip(means, states, strict=True):
+            codes[chunk], absmax[_blocks(chunk)] = torch.ops.minift.quantize_blockwise(mean, signed, BLOCK)
+
+
+def _update_compiled_(p_n: Tensor, g_n: Tensor, m: Coded, v: Coded, f: Factors) -> None:
+    maps = _map(True, p_n.device), _map(False, p_n.device)
+    nearest = nearest_dynamic(True, p_n.device), nearest_dynamic(False, p_n.device)
+    update_(p_n, g_n, m, v, maps, nearest, torch.tensor(f))
+
+
+def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
+    flat_n = tensor.view(-1)
+    return flat_n if end - begin == flat_n.numel() else flat_n[begin:end]
+
+
 def _views(flat_n: Tensor, pieces: Pieces) -> list[Tensor]:
-    return [flat_n[place : place + end - begin] for _, begin, end, place in pieces]
+    """What belongs to each piece, without the padding behind it."""
+    ends = [place for _, _, _, place in pieces[1:]] + [len(flat_n)]
+    slots = flat_n.split([stop - place for (_, _, _, place), stop in zip(pieces, ends, strict=True)])
+    return [slot[: end - begin] if len(slot) > end - begin else slot
+            for slot, (_, begin, end, _) in zip(slots, pieces, strict=True)]  # fmt: skip
 
 
 @cache

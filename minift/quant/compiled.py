@@ -63,7 +63,7 @@ def dequantize_4bit(packed: Tensor, scale_m: Tensor, quant_type: str, out: Tenso
 
 def quantize_8bit(x: Tensor, nearest: NearestCode, blocksize: int) -> tuple[Tensor, Tensor]:
     """Any float dtype and shape -> codes uint8 [n], scales fp32 [m]. The codebook must be in rising order."""
-    codes_mc, absmax_m = _quantizer_8bit()(x.reshape(-1, blocksize), nearest.first_rank, nearest.midpoint)
+    codes_mc, absmax_m = _quantizer_8bit()(x.reshape(-1, blocksize), cells(nearest))
     return codes_mc.view(-1), absmax_m
 
 
@@ -98,12 +98,29 @@ def _dequantizer_4bit(quant_type: str):
 
 @cache
 def _quantizer_8bit():
-    def quantize(x_mc: Tensor, first_rank: Tensor, midpoint: Tensor) -> tuple[Tensor, Tensor]:
-        normalized_mc, absmax_m = _normalize(x_mc)
-        cell_mc = (normalized_mc.view(torch.int32) >> 16) & 0xFFFF  # see NearestCode
-        return first_rank[cell_mc] + (normalized_mc > midpoint[cell_mc]).to(torch.uint8), absmax_m
+    return torch.compile(encode_blocks)
 
-    return torch.compile(quantize)
+
+def encode_blocks(x_mc: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [m, c] -> codes uint8 [m, c] and scales fp32 [m]; to be compiled."""
+    normalized_mc, absmax_m = _normalize(x_mc)
+    bits_mc = normalized_mc.view(torch.int32)
+    cell_mc = cells[(bits_mc >> 16) & 0xFFFF]
+    rest_mc = (bits_mc ^ (bits_mc >> 31)) & 0xFFFF
+    return ((cell_mc >> 16) + (rest_mc > (cell_mc & 0xFFFF))).to(torch.uint8), absmax_m
+
+
+@cache
+def cells(nearest: NearestCode) -> Tensor:
+    """Both tables of NearestCode in one, int32 [65536], since looking up is what takes the time.
+
+    All values of a cell share the top 16 bits, so its midpoint differs from them in the lower 16 alone. The entry is
+    rank << 16 | those of the midpoint, or 0xFFFF, which none exceeds; inverted where values fall as patterns rise.
+    """
+    pattern = torch.arange(1 << 16, dtype=torch.int32)
+    inverted = torch.where(pattern >= 1 << 15, 0xFFFF, 0)
+    rest = torch.where(nearest.midpoint.isfinite(), (nearest.midpoint.view(torch.int32) & 0xFFFF) ^ inverted, 0xFFFF)
+    return (nearest.first_rank.int() << 16) | rest
 
 
 def _normalize(x_mc: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minift.optim.adamw8bit import AdamW8bit
 from minift.quant import (
     Linear4bit,
     QuantConfig,
@@ -41,7 +42,7 @@ def test_in_its_own_process():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     last = done.stdout.strip().splitlines()[-1]
-    assert int(last.split()[0]) >= 25 and "passed" in last and "failed" not in last, last
+    assert int(last.split()[0]) >= 31 and "passed" in last and "failed" not in last, last
 
 
 @pytest.fixture
@@ -188,6 +189,32 @@ def test_layer(compiler: None):
     with pytest.raises(ValueError, match="infinite"):
         quantize_blockwise(torch.full((256,), float("inf")))
     assert quantize_4bit(torch.randn(64, 64), QuantConfig().quant_type)[0].shape == (2048, 1)
+
+
+@inside
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"order": "bnb", "paged": True, "page_bytes": 52_000, "budget_bytes": 52_000}])
+def test_steps_of_8_bit_adamw(compiler: None, options: dict, dtype: torch.dtype):
+    """Sizes with padding, below a block, beyond a window; gradients that are zero, tiny, huge, infinite."""
+    sizes = [4096, 4097, 5000, 300, 200_001]
+    chance = {"stochastic_rounding": dtype != torch.float32}
+
+    def call() -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+        optimizer = AdamW8bit(params, lr=0.1, weight_decay=0.2, **options, **chance)
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            for p in params:
+                p.grad = (torch.randn(p.shape) * torch.randint(-30, 4, p.shape).float().exp2()).to(dtype)
+                p.grad[1000:2000] = 0
+            params[1].grad[7] = [0.0, 1e-30, 1e4, float("inf")][step]
+            optimizer.step()
+        state = optimizer.state_dict()["state"]["group0"]
+        return *(p.detach() for p in params), *(state[name] for name in ("m_codes", "v_codes", "m_absmax", "v_absmax"))
+
+    assert_same_bits(*eager_and_compiled(call))
 
 
 def test_without_a_compiler_it_says_so(tmp_path):
