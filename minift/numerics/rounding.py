@@ -55,7 +55,7 @@ def truncate(x: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max
     finite = torch.where(x.isinf(), x, x.detach().clamp(-largest, largest))
     zero = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _floor_quanta(finite.reshape(-1), zero, dtype).view(x.shape)
+    return floor_quanta(finite.reshape(-1), zero, dtype).view(x.shape)
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +86,7 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"rounding starts from torch.float32, got {x.dtype}: call .float() first")
 
 
-def _floor_quanta(x_n: Tensor, word_n: Tensor, dtype: torch.dtype) -> Tensor:
+def floor_quanta(x_n: Tensor, word_n: Tensor, dtype: torch.dtype) -> Tensor:
     """floor(|x| / quantum + word / 2^32) quanta with the sign of x: fp32 [n], int64 [n] or [] -> `dtype` [n]."""
     dropped, largest, infinity, quiet = TARGETS[dtype]
     pattern = x_n.view(torch.int32).long()
@@ -168,7 +168,7 @@ def _stochastic_round(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     out_n = x.new_empty(len(x_n), dtype=dtype)
     for start in range(0, len(x_n), CHUNK):
         chunk = x_n[start : start + CHUNK]
-        out_n[start : start + CHUNK] = _floor_quanta(chunk, random_words(start, len(chunk), seed, x.device), dtype)
+        out_n[start : start + CHUNK] = floor_quanta(chunk, random_words(start, len(chunk), seed, x.device), dtype)
     return out_n.view(x.shape)
 
 

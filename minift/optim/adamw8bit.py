@@ -12,9 +12,9 @@ All parameters are treated as one flat buffer, each padded to whole blocks:
 
     | p0 p0 p0 .  | p1 p1 p1 p1 | p2 p2 . .  |      padding has gradient 0, so it stays 0 and no block mixes tensors
 
-so a step costs the same few operations for one tensor or for the 420 of a LoRA, instead of that many times the
-overhead; on a GPU it is one launch of a kernel for all parameters of a dtype. The arithmetic is a fixed sequence of
-single roundings, nothing fused, so CPU and GPU give the same bits:
+so a step (update8bit.py) costs the same few operations for one tensor or for the 420 of a LoRA, instead of that many
+times the overhead; on a GPU it is one launch of a kernel for all parameters of a dtype. The arithmetic is a fixed
+sequence of single roundings, nothing fused, so CPU and GPU give the same bits:
 
     m <- b1 m + (1 - b1) g        v <- b2 v + ((1 - b2) g) g        u = (lr c2 / c1) m / (sqrt(v) + c2 eps)
     p <- p (1 - lr wd) - u        with c1 = 1 - b1^t, c2 = sqrt(1 - b2^t): the two corrections of adamw.py, moved
@@ -35,30 +35,19 @@ skips such elements silently.
 Peer: bitsandbytes AdamW8bit. Source: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
 """
 
-import math
 from collections.abc import Callable, Iterable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minift.numerics.dtypes import DTYPES
-from minift.numerics.rounding import TARGETS, _floor_quanta, random_words
 from minift.optim.adamw import Optimizer, check_hyperparameters
-from minift.optim.compiled import update_
 from minift.optim.paging import Page, PagePool
-from minift.quant import compiled
-from minift.quant.codebooks import dynamic_map, nearest_dynamic
+from minift.optim.update8bit import BLOCK, Pieces, Recipe, factors, pieces_of
 
-BLOCK = 256
 MIN_8BIT_SIZE = 4096
 ORDERS = ("torch", "bnb")
-# Elements updated at a time: eight fp32 temporaries of a chunk stay in the level-2 cache.
-CHUNK = 1 << 15
-# Elements gathered into a flat buffer at a time, a multiple of CHUNK: two buffers of 512 KB, whatever is trained.
-WINDOW = 1 << 17
 BLOCK_BYTES = 2 * (BLOCK + 4)  # of state: two codes for each value, two scales
 PAGED = {"m_codes": (torch.uint8, BLOCK), "v_codes": (torch.uint8, BLOCK),
          "m_absmax": (torch.float32, 1), "v_absmax": (torch.float32, 1)}  # fmt: skip
@@ -170,11 +159,11 @@ class AdamW8bit(Optimizer):
             return self.pool.empty((n,), dtype)
         return torch.empty(n, dtype=dtype, device=device)
 
-    def _update_small(self, params: list[Tensor], grads: list[Tensor], index: int, recipe: "Recipe") -> None:
+    def _update_small(self, params: list[Tensor], grads: list[Tensor], index: int, recipe: Recipe) -> None:
         state = self.state[f"group{index}"]  # pyright: ignore[reportArgumentType]
         torch.ops.minift.adamw8bit_(params, grads, state["m_fp32"], state["v_fp32"], None, None, *recipe, 0)
 
-    def _update_large(self, params: list[Tensor], grads: list[Tensor], index: int, recipe: "Recipe") -> None:
+    def _update_large(self, params: list[Tensor], grads: list[Tensor], index: int, recipe: Recipe) -> None:
         state = self.state[f"group{index}"]  # pyright: ignore[reportArgumentType]
         if self.pool is None:
             torch.ops.minift.adamw8bit_(params, grads, *(state[name] for name in PAGED), *recipe, 0)
@@ -243,179 +232,3 @@ def _with_dense(update: Callable, params: list[Tensor], *arguments: Any) -> None
     for p, copy in zip(params, dense, strict=True):
         if copy is not p:
             p.copy_(copy)
-
-
-Pieces = list[tuple[int, int, int, int]]
-
-
-@cache
-def pieces_of(sizes: tuple[int, ...], width: int) -> list[Pieces]:
-    """Cut the flat buffer into ranges and say what lies in each: (tensor, its first element, its last + 1, place in
-    the range).
-
-    Args:
-        sizes: elements of each tensor; in the buffer it is padded to whole blocks.
-        width: of a range, a multiple of BLOCK; the last one may be shorter.
-    """
-    ranges, place = [], 0
-    for index, n in enumerate(sizes):
-        begin = 0
-        while begin < n:
-            number, within = divmod(place + begin, width)
-            ranges += [[] for _ in range(number + 1 - len(ranges))]
-            end = min(n, begin + width - within)
-            ranges[number].append((index, begin, end, within))
-            begin = end
-        place += -(-n // BLOCK) * BLOCK
-    return ranges
-
-
-class Factors(NamedTuple):
-    """What a step multiplies with: decay of the weight before and after the update, and the numbers of the formulas."""
-
-    before: float
-    after: float
-    beta1: float
-    rest1: float
-    beta2: float
-    rest2: float
-    rate: float
-    eps: float
-
-
-class Recipe(NamedTuple):
-    """The arguments of the operator that tensors have in common."""
-
-    factors: Factors
-    stochastic: bool
-    seed: int
-
-
-def factors(group: dict[str, Any], step: int) -> Factors:
-    """From the settings of a group, computed in float64; step counts from 1."""
-    beta1, beta2 = group["betas"]
-    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    decay = 1 - group["lr"] * group["weight_decay"]
-    before, after = (decay, 1.0) if group["order"] == "torch" else (1.0, decay)
-    rate, eps = group["lr"] * correction2 / correction1, group["eps"] * correction2
-    return Factors(before, after, beta1, 1 - beta1, beta2, 1 - beta2, rate, eps)
-
-
-# --- the operator: the body below is the reference and the CPU path; CUDA tensors go to the Triton kernel -----------
-
-# Defined with torch.library's plain functions: `custom_op` would import the compiler (1.5 s, 150 MB) at the first call.
-torch.library.define(
-    "minift::adamw8bit_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_absmax, Tensor(e!)? v_absmax, "
-    "float[] factors, bool stochastic, int seed, int first) -> ()",
-)
-
-
-@torch.library.impl("minift::adamw8bit_", "default")
-def _adamw8bit_(
-    params: list[Tensor], grads: list[Tensor], m: Tensor, v: Tensor, m_absmax: Tensor | None, v_absmax: Tensor | None,
-    factors: list[float], stochastic: bool, seed: int, first: int,
-) -> None:  # fmt: skip
-    """One step in place. params, grads: contiguous; m, v: flat, codes uint8 with scales, or fp32 without.
-
-    first: place of the first element in the sequence of random numbers, a multiple of 4.
-    """
-    buffers = torch.empty(2, min(WINDOW, len(m)), device=m.device)
-    for number, pieces in enumerate(pieces_of(tuple(p.numel() for p in params), WINDOW)):
-        start = number * WINDOW
-        p_n, g_n = buffers[:, : len(m) - start].zero_()  # the padding counts
-        held = [_part(params[i], begin, end) for i, begin, end, _ in pieces]
-        torch._foreach_copy_(_views(p_n, pieces), held)
-        torch._foreach_copy_(_views(g_n, pieces), [_part(grads[i], begin, end) for i, begin, end, _ in pieces])
-        here = slice(start, start + len(p_n))
-        if m_absmax is None or v_absmax is None:
-            _update_(p_n, g_n, m[here], v[here], Factors(*factors))
-        else:
-            means = ((m[here], m_absmax[_blocks(here)]), (v[here], v_absmax[_blocks(here)]))
-            update = _update_compiled_ if compiled.applies(m, len(m), BLOCK) else _update_coded_
-            update(p_n, g_n, *means, Factors(*factors))
-        for dtype in {p.dtype for p in held}:
-            rounded = _rounded(p_n, dtype, first + start, seed) if stochastic and dtype in TARGETS else p_n
-            views = [x for x, p in zip(_views(rounded, pieces), held, strict=True) if p.dtype == dtype]
-            torch._foreach_copy_([p for p in held if p.dtype == dtype], views)
-
-
-@torch.library.impl("minift::adamw8bit_", "cuda")
-def _adamw8bit_cuda_(params, grads, m, v, m_absmax, v_absmax, factors, stochastic, seed, first) -> None:
-    from minift_kernels.adamw8bit import Tables, adamw8bit_
-
-    signed, unsigned = (
-        Tables(_map(kind, m.device), nearest_dynamic(kind, m.device).boundaries) for kind in (True, False)
-    )
-    adamw8bit_(params, grads, (m, m_absmax, signed), (v, v_absmax, unsigned), factors, stochastic, seed, first)
-
-
-@torch.library.register_fake("minift::adamw8bit_")
-def _adamw8bit_fake_(params, grads, m, v, m_absmax, v_absmax, factors, stochastic, seed, first) -> None:
-    return None
-
-
-def _update_(p_n: Tensor, g_n: Tensor, m_n: Tensor, v_n: Tensor, f: Factors) -> None:
-    """The formulas of the module's docstring, in place; every operation rounds once. lerp_ and addcmul_ would fuse."""
-    m_n.mul_(f.beta1).add_(g_n * f.rest1)
-    v_n.mul_(f.beta2).add_((g_n * f.rest2).mul_(g_n))
-    # numpy's is the processor's instruction; torch's on x86 (MKL's) is now and then not the nearest number.
-    root_n = torch.from_numpy(np.sqrt(v_n.numpy()))
-    update_n = (m_n * f.rate).div_(root_n.add_(f.eps))
-    p_n.mul_(f.before).sub_(update_n).mul_(f.after)
-
-
-Coded = tuple[Tensor, Tensor]  # codes and scales of a running mean
-
-
-def _update_coded_(p_n: Tensor, g_n: Tensor, m: Coded, v: Coded, f: Factors) -> None:
-    """`_update_` for means in 8 bits, a chunk at a time."""
-    states = ((*m, True), (*v, False))
-    for offset in range(0, len(p_n), CHUNK):
-        chunk = slice(offset, min(offset + CHUNK, len(p_n)))
-        means = [
-            torch.ops.minift.dequantize_blockwise(
-                codes[chunk], absmax[_blocks(chunk)], _map(signed, codes.device), BLOCK, torch.float32
-            )
-            for codes, absmax, signed in states
-        ]
-        _update_(p_n[chunk], g_n[chunk], means[0], means[1], f)
-        for mean, (codes, absmax, signed) in zip(means, states, strict=True):
-            codes[chunk], absmax[_blocks(chunk)] = torch.ops.minift.quantize_blockwise(mean, signed, BLOCK)
-
-
-def _update_compiled_(p_n: Tensor, g_n: Tensor, m: Coded, v: Coded, f: Factors) -> None:
-    maps = _map(True, p_n.device), _map(False, p_n.device)
-    nearest = nearest_dynamic(True, p_n.device), nearest_dynamic(False, p_n.device)
-    update_(p_n, g_n, m, v, maps, nearest, torch.tensor(f))
-
-
-def _part(tensor: Tensor, begin: int, end: int) -> Tensor:
-    flat_n = tensor.view(-1)
-    return flat_n if end - begin == flat_n.numel() else flat_n[begin:end]
-
-
-def _views(flat_n: Tensor, pieces: Pieces) -> list[Tensor]:
-    """What belongs to each piece, without the padding behind it."""
-    ends = [place for _, _, _, place in pieces[1:]] + [len(flat_n)]
-    slots = flat_n.split([stop - place for (_, _, _, place), stop in zip(pieces, ends, strict=True)])
-    return [slot[: end - begin] if len(slot) > end - begin else slot
-            for slot, (_, begin, end, _) in zip(slots, pieces, strict=True)]  # fmt: skip
-
-
-@cache
-def _map(signed: bool, device: torch.device) -> Tensor:
-    return dynamic_map(signed).to(device)
-
-
-def _blocks(here: slice) -> slice:
-    return slice(here.start // BLOCK, here.stop // BLOCK)
-
-
-def _rounded(p_n: Tensor, dtype: torch.dtype, first: int, seed: int) -> Tensor:
-    out_n = torch.empty_like(p_n, dtype=dtype)
-    for start in range(0, len(p_n), CHUNK):
-        chunk = p_n[start : start + CHUNK]
-        words = random_words(first + start, len(chunk), seed, p_n.device)
-        out_n[start : start + CHUNK] = _floor_quanta(chunk, words, dtype)
-    return out_n

@@ -1,6 +1,6 @@
 """The 8-bit step on a CPU as one compiled loop: decode, update, encode, without a tensor in between.
 
-The readable form (adamw8bit.py) reads and writes each of its temporaries; this one keeps a block's 256 values in
+The readable form (update8bit.py) reads and writes each of its temporaries; this one keeps a block's 256 values in
 registers. The operations and their order are the same, each rounded once (the compiler is told not to fuse), so the
 bits are. It is used once `minift.quant.compiled.compile_kernels()` has been called.
 """
@@ -29,12 +29,14 @@ def update_(
         p_n, g_n: parameter and gradient, fp32.
         m, v: codes uint8 [n] and scales fp32 [blocks] of the two means.
         maps, nearest: the signed and the unsigned dynamic map, and their inverses.
-        factors: the numbers of `adamw8bit.Factors`, fp32 [8]; in a tensor, or each learning rate would be compiled.
+        factors: the numbers of `update8bit.Factors`, fp32 [8]; in a tensor, or each learning rate would be compiled.
     """
     shape = (len(m[1]), -1)
     (m_n, m_scale_m), (v_n, v_scale_m) = m, v
     p_mc, g_mc, m_mc, v_mc = (x.view(shape) for x in (p_n, g_n, m_n, v_n))
-    new = _compiled()(p_mc, g_mc, m_mc, v_mc, m_scale_m, v_scale_m, *maps, *map(cells, nearest), factors)
+    new = _compiled()(
+        p_mc, g_mc, m_mc, v_mc, m_scale_m, v_scale_m, maps[0], maps[1], cells(nearest[0]), cells(nearest[1]), factors
+    )  # fmt: skip
     for held, value in zip((p_mc, m_mc, m_scale_m, v_mc, v_scale_m), new, strict=True):
         held.copy_(value)  # not in the loop: the compiler refuses codes and scales that lie in one page
 

@@ -19,7 +19,8 @@ from guards import (
 )
 from torch import Tensor
 
-from minift.optim.adamw8bit import AdamW8bit, factors
+from minift.optim.adamw8bit import AdamW8bit
+from minift.optim.update8bit import factors
 
 BLOCK, TILE = 256, 2048
 # Around a block and a tile, several tiles with a rest; one tensor and many.

@@ -15,7 +15,7 @@ from guards import (
 )
 from torch import Tensor
 
-from minift.numerics.rounding import _floor_quanta, random_words
+from minift.numerics.rounding import floor_quanta, random_words
 
 DTYPES = [torch.bfloat16, torch.float16]
 BLOCK = 2048  # elements of a program
@@ -150,5 +150,5 @@ def test_more_than_2_31_elements(device: str):
     x = torch.full((n,), 1.001, device=device)
     ours = stochastic_round(x, torch.bfloat16, 6)
     for first, size in ((2**31 - BLOCK, 2 * BLOCK), (2**31 + BLOCK, BLOCK + 3), (0, BLOCK)):
-        wanted = _floor_quanta(torch.full((size,), 1.001), random_words(first, size, 6), torch.bfloat16)
+        wanted = floor_quanta(torch.full((size,), 1.001), random_words(first, size, 6), torch.bfloat16)
         assert torch.equal(ours[first : first + size].cpu(), wanted)

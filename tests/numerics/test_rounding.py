@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minift.numerics import FORMATS, round_decimal, round_nearest, rounding_walk, stochastic_round, truncate
-from minift.numerics.rounding import CHUNK, _floor_quanta, philox, random_words
+from minift.numerics.rounding import CHUNK, floor_quanta, philox, random_words
 
 DTYPES = [torch.bfloat16, torch.float16]
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
@@ -43,7 +43,7 @@ def between_all_neighbours(dtype: torch.dtype) -> Tensor:
 
 def with_word(x: Tensor, word: int, dtype: torch.dtype) -> Tensor:
     """Round with a chosen random word."""
-    return _floor_quanta(x, torch.tensor(word), dtype)
+    return floor_quanta(x, torch.tensor(word), dtype)
 
 
 def towards_zero(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,7 +243,7 @@ def test_element_e_takes_word_e(dtype: torch.dtype, n: int):
     for e in {0, 1, 2, 3, 4, n // 2, CHUNK - 1, CHUNK, CHUNK + 5, n - 1} & set(range(n)):
         counter = [torch.tensor([word]) for word in (e // 4, 0, 0, 0)]
         word = philox(counter, (seed, 0))[e % 4]
-        assert torch.equal(ours[e : e + 1], _floor_quanta(x[e : e + 1], word, dtype)), e
+        assert torch.equal(ours[e : e + 1], floor_quanta(x[e : e + 1], word, dtype)), e
 
 
 VIEWS: dict[str, Callable[[], Tensor]] = {
