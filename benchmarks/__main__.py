@@ -19,7 +19,7 @@ from benchmarks.harness import Setup, collect, copy_bandwidth, cpu_seconds, cuda
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
-    "train", "data", "decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding", "adamw8bit",
+    "train", "data", "decoder", "attention", "fourbit", "blockwise", "linear", "int8", "lora", "rounding", "adamw8bit",
 )  # fmt: skip
 OWN_PROCESSES = ("train", "data")  # run the whole stack in processes of their own, on a CPU, at one size
 PEERS = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes")
