@@ -4,6 +4,7 @@
     how much    r, alpha, rank_pattern, alpha_pattern, use_rslora          scaling = alpha / r, or alpha / sqrt(r)
     start       init, loftq_iterations                                                           initialize.py
     form        dropout, use_dora                                                                lora.py, dora.py
+    besides     bias, modules_to_save, trainable_token_indices, ensure_weight_tying              beside.py
 
 rsLoRA: the entries of B A x add up r terms, so at alpha / r a larger rank learns more slowly; with alpha / sqrt(r) the
 size of the change does not depend on the rank (arXiv 2312.03732).
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lora_only")
 INITS = ("default", "gaussian", "random", "pissa", "loftq")
 
 
@@ -42,6 +44,11 @@ class LoraConfig:
         init: "default" (A uniform, B zero), "gaussian" (A normal, B zero), "random" (neither is zero), "pissa" or
             "pissa_niter_<n>" (the largest singular directions of the weight), "loftq" (what NF4 loses).
         loftq_iterations: rounds of quantizing and repairing.
+        bias: which of the model's biases are trained, too: "none", "all", or "lora_only" (those of adapted layers).
+        modules_to_save: modules that are trained whole, by the ends of their paths (whole.py).
+        trainable_token_indices: ids of the tokens whose rows of the embedding are trained (tokens.py), or the ids by
+            module: {"embed_tokens": [5], "lm_head": [5]}.
+        ensure_weight_tying: a head that shares the embedding's matrix also shares its copy in modules_to_save.
     """
 
     r: int = 8
@@ -57,6 +64,10 @@ class LoraConfig:
     use_dora: bool = False
     init: str = "default"
     loftq_iterations: int = 1
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.r)
@@ -65,11 +76,15 @@ class LoraConfig:
             raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout!r}")
         for name in ("target_modules", "exclude_modules"):
             self._check_names(name)
+        for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"LoRA {name} must be True or False, got {getattr(self, name)!r}")
         self._check_layers()
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             for key, value in _mapping(name, getattr(self, name)).items():
                 check_pattern(name, key)
                 check(value)
+        self._check_beside()
         if self.init not in INITS and not re.fullmatch(r"pissa_niter_\d+", self.init):
             raise ValueError(f"LoRA init {self.init!r}: choose one of {', '.join(INITS)} or pissa_niter_<number>")
         if not isinstance(self.loftq_iterations, int) or self.loftq_iterations < 1:
@@ -113,6 +128,28 @@ class LoraConfig:
         if pattern and layers is None:
             raise ValueError(f"LoRA layers_pattern {pattern!r} needs layers_to_transform")
         object.__setattr__(self, "layers_pattern", (pattern,) if isinstance(pattern, str) else tuple(pattern or ()))
+
+    def _check_beside(self) -> None:
+        if self.bias not in BIASES:
+            raise ValueError(f"LoRA bias {self.bias!r}: choose one of {', '.join(BIASES)}")
+        names, tokens = self.modules_to_save, self.trainable_token_indices
+        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
+            raise ValueError(f"LoRA modules_to_save must be a list of names, got {names!r}")
+        object.__setattr__(self, "modules_to_save", tuple(names or ()))
+        if isinstance(tokens, Mapping):
+            tokens = {name: check_tokens(ids) for name, ids in tokens.items()}
+        elif tokens is not None:
+            tokens = check_tokens(tokens)
+        object.__setattr__(self, "trainable_token_indices", tokens)
+
+
+def check_tokens(ids: object) -> tuple[int, ...]:
+    """Refuse what is no list of different token ids."""
+    if not isinstance(ids, list | tuple) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"LoRA trainable_token_indices must be token ids, got {ids!r}")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"LoRA trainable_token_indices names a token twice: {ids!r}")
+    return tuple(ids)
 
 
 def check_rank(r: object) -> None:

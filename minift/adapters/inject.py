@@ -1,17 +1,23 @@
-"""Adding LoRA to a model: find the layers (targets.py), wrap them, freeze the rest, say what happened (report.py)."""
+"""Adding LoRA to a model: find the layers (targets.py) and what else is trained (beside.py), wrap them, freeze the
+rest. report.py says what happened."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from minift.adapters.config import LoraConfig
-from minift.adapters.lora import LoraLinear
+from minift.adapters.beside import Beside, add_beside, find_beside, find_whole, places
+from minift.adapters.config import ALL_LINEAR, LoraConfig
+from minift.adapters.embedding import LoraEmbedding
+from minift.adapters.lora import LoraLinear, LowRank
+from minift.adapters.switched import Switched, switched
 from minift.adapters.targets import select
 from minift.quant.linear import QuantizedLinear
 
+Adaptable = nn.Linear | QuantizedLinear | nn.Embedding | LowRank
+
 
 def add_lora(model: nn.Module, config: LoraConfig | None = None, adapter: str = "default") -> list[str]:
-    """Wrap the targeted linear layers of a model, in place, and freeze everything but the new A and B.
+    """Wrap the targeted layers of a model, in place, and freeze everything but what the adapter trains.
 
     Args:
         model: any module tree.
@@ -22,17 +28,26 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, adapter: str = 
         paths of the wrapped layers.
 
     Raises:
-        ValueError: nothing matched; lists the names there are.
+        ValueError: nothing matched, or something does not fit; lists the names there are.
     """
-    layers = linear_layers(model)
+    layers, config = adaptable_layers(model), config or LoraConfig()
+    whole = find_whole(model, config)
+    paths = linear_layers(model) if config.target_modules == ALL_LINEAR else layers
     architecture = getattr(getattr(model, "config", None), "model_type", None)
-    config, targets = select(list(layers), config or LoraConfig(), architecture)
+    config, targets = select(list(paths), config, architecture, whole)
+    beside = find_beside(model, config, targets, whole)
     check_adapter_name(model, adapter)
     check_start(layers, targets, config)
+    put(model, targets, beside, adapter, config)
+    return targets
+
+
+def put(model: nn.Module, targets: Sequence[str], beside: Beside, adapter: str, config: LoraConfig) -> None:
+    """Freeze the model and give it a new adapter; everything has been checked."""
     freeze_base(model)
     for path in targets:
         wrap(model, path).add(adapter, config, path)
-    return targets
+    add_beside(model, beside, adapter, config)
 
 
 def check_start(layers: Mapping[str, nn.Module], targets: list[str], config: LoraConfig) -> None:
@@ -41,6 +56,10 @@ def check_start(layers: Mapping[str, nn.Module], targets: list[str], config: Lor
         return
     for path in targets:
         layer = layers[path]
+        if isinstance(layer, nn.Embedding | LoraEmbedding):
+            if config.init == "loftq":
+                raise ValueError(f"init 'loftq' repairs quantized linear layers, and {path} is an embedding")
+            continue
         if not isinstance(layer, nn.Linear):
             reason = "is quantized" if isinstance(layer, QuantizedLinear) else "has an adapter already"
             raise ValueError(
@@ -57,52 +76,61 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     """Refuse a name that is taken, or that cannot be part of a parameter's name."""
     if not adapter or "." in adapter:
         raise ValueError(f"adapter name {adapter!r}: must not be empty or hold a dot")
-    if any(adapter in layer.configs for layer in lora_layers(model).values()):
+    if any(adapter in place.configs for place in switched(model).values()):
         raise ValueError(f"adapter {adapter!r} exists already; choose another name")
 
 
 def freeze_base(model: nn.Module) -> None:
     """Freeze everything but the adapters there are, which stay as they are."""
-    trained = [p for layer in lora_layers(model).values() for p in adapter_parameters(layer) if p.requires_grad]
+    trained = [p for place in switched(model).values() for p in adapter_parameters(place) if p.requires_grad]
     model.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
 
 
-def adapter_parameters(layer: LoraLinear) -> list[nn.Parameter]:
-    """What every adapter of a layer trains."""
-    return [p for name in layer.configs for p in layer.tensors(name).values()]
+def adapter_parameters(place: Switched) -> list[nn.Parameter]:
+    """What every adapter of a place trains."""
+    return [p for name in place.configs for p in place.tensors(name).values()]
+
+
+def adaptable_layers(model: nn.Module) -> Mapping[str, Adaptable]:
+    """Every linear layer and embedding by path, in order; a wrapped one appears under the path of its wrapper."""
+    return {path: module for path, module in places(model) if isinstance(module, Adaptable)}
 
 
 def linear_layers(model: nn.Module) -> Mapping[str, nn.Linear | QuantizedLinear | LoraLinear]:
-    """Every linear layer by path; a wrapped one appears under the path of its wrapper."""
-    wrapped = lora_layers(model)
-    inside = tuple(f"{path}." for path in wrapped)
-    plain = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear) and not path.startswith(inside)
+    """Every linear layer by path, in order; a wrapped one appears under the path of its wrapper."""
+    return {
+        path: module for path, module in places(model) if isinstance(module, nn.Linear | QuantizedLinear | LoraLinear)
     }
-    return plain | wrapped
 
 
-def wrap(model: nn.Module, path: str) -> LoraLinear:
-    """The LoraLinear at `path`, made if there is none yet."""
+def wrap(model: nn.Module, path: str) -> LowRank:
+    """The LoraLinear or LoraEmbedding at `path`, made if there is none yet."""
     module = model.get_submodule(path)
-    if not isinstance(module, LoraLinear):
-        assert isinstance(module, nn.Linear | QuantizedLinear)
-        module = LoraLinear(module).train(module.training)  # or dropout would be on in an evaluated model
-        model.set_submodule(path, module)
+    if not isinstance(module, LowRank):
+        assert isinstance(module, nn.Linear | QuantizedLinear | nn.Embedding)
+        training = module.training  # or dropout would be on in an evaluated model
+        module = LoraEmbedding(module) if isinstance(module, nn.Embedding) else LoraLinear(module)
+        model.set_submodule(path, module.train(training))
     return module
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Every adapted layer by path."""
+    """Every adapted linear layer by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
+    """Every adapted linear layer and embedding by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained parameters, and all of them; a quantized weight counts as the values it stands for."""
+    """Trained parameters, and all of them; a quantized weight counts as the values it stands for.
+
+    As in PEFT, a tied matrix counts once, and the copies of `modules_to_save` beside their originals.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))

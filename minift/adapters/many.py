@@ -3,6 +3,7 @@
     add_lora(model, config, "a"); load_adapter(model, folder, "b")     each layer holds the A and B of both
     set_adapter(model, "b")                                            b alone is added to the base's output
     with disabled(model): ...                                          neither is: the original model
+    with adapters_of_rows(model, ["a", None, "b"]): ...                one for each row of a batch (serving.py)
     combine(model, ["a", "b"], [0.7, 0.3], "c", "cat")                 a third, of the weighted changes w_k s_k B_k A_k
 
 Ways to combine, of which the first two keep the sum of the changes:
@@ -25,15 +26,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minift.adapters.inject import check_adapter_name, lora_layers
-from minift.adapters.lora import LoraLinear
+from minift.adapters.inject import check_adapter_name, low_rank_layers
+from minift.adapters.lora import LowRank
+from minift.adapters.switched import check_exclusive, switched
 
 METHODS = ("svd", "linear", "cat")
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the model's adapters, in the order in which they were added."""
-    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.configs))
+    return list(dict.fromkeys(name for place in switched(model).values() for name in place.configs))
 
 
 def set_adapter(model: nn.Module, adapters: str | Sequence[str], trainable: bool = True) -> None:
@@ -44,29 +46,30 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str], trainable: bool
         trainable: whether those that take part are trained.
 
     Raises:
-        ValueError: there is no adapter of that name.
+        ValueError: there is no adapter of that name, or two of them each have their own copy of a module.
     """
     chosen = [adapters] if isinstance(adapters, str) else list(adapters)
-    _check_names(model, chosen)
-    for layer in lora_layers(model).values():
-        layer.active = [name for name in chosen if name in layer.configs]
-        for name in layer.configs:
-            for parameter in layer.tensors(name).values():
+    check_names(model, chosen)
+    check_exclusive(model, chosen)
+    for place in switched(model).values():
+        place.active = [name for name in chosen if name in place.configs]
+        for name in place.configs:
+            for parameter in place.tensors(name).values():
                 parameter.requires_grad_(trainable and name in chosen)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model computes as if it had no adapters (a "pissa" or "loftq" base stays what these made of it)."""
-    layers = list(lora_layers(model).values())
-    before = [layer.active for layer in layers]
+    places = list(switched(model).values())
+    before = [(place.active, place.route) for place in places]
     try:
-        for layer in layers:
-            layer.active = []
+        for place in places:
+            place.active, place.route = [], None
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
+        for place, (active, route) in zip(places, before, strict=True):
+            place.active, place.route = active, route
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
@@ -75,15 +78,15 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     Raises:
         ValueError: there is no adapter of that name, or the base weights were changed for it.
     """
-    _check_names(model, [adapter])
-    layers = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.configs}
-    init = next(iter(layers.values())).given[adapter].init
+    check_names(model, [adapter])
+    places = {path: place for path, place in switched(model).items() if adapter in place.configs}
+    init = next(iter(places.values())).given[adapter].init
     if init.startswith("pissa") or init == "loftq":
         raise ValueError(f"adapter {adapter!r} began as {init!r} and holds a part of the base weights; load them again")
-    for path, layer in layers.items():
-        layer.remove(adapter)
-        if not layer.configs:
-            model.set_submodule(path, layer.base)
+    for path, place in places.items():
+        place.remove(adapter)
+        if not place.configs:
+            place.put_back(model, path)
 
 
 @torch.no_grad()
@@ -107,11 +110,11 @@ def combine(
         paths of its layers: those in which any of the others has a part.
 
     Raises:
-        ValueError: an unknown name or method, another number of weights, DoRA (whose change is not of low rank), or
-            ranks that "linear" cannot add.
+        ValueError: an unknown name or method, another number of weights, DoRA (whose change is not of low rank),
+            trained copies of modules, or ranks that "linear" cannot add.
     """
     _check_combination(model, adapters, weights, adapter, method, rank)
-    layers = {path: layer for path, layer in lora_layers(model).items() if any(n in layer.configs for n in adapters)}
+    layers = {p: layer for p, layer in low_rank_layers(model).items() if any(n in layer.configs for n in adapters)}
     largest = {name: max(layer.configs[name].r for layer in layers.values() if name in layer.configs)
                for name in adapters}  # fmt: skip
     r = sum(largest.values()) if method == "cat" else rank or max(largest.values())
@@ -140,9 +143,13 @@ def _check_combination(
         raise ValueError(f"{len(adapters)} adapters ({', '.join(adapters)}) and {len(weights)} weights; give one each")
     if rank is not None and (method != "svd" or rank < 1):
         raise ValueError(f"rank {rank!r}: only 'svd' takes one, and at least 1; this is {method!r}")
-    _check_names(model, adapters)
+    check_names(model, adapters)
     check_adapter_name(model, adapter)
-    for path, layer in lora_layers(model).items():
+    for path, place in switched(model).items():
+        both = [name for name in adapters if name in place.configs]
+        if both and not isinstance(place, LowRank):
+            raise ValueError(f"adapter {both[0]!r} has its own {path}, and only low-rank changes can be combined")
+    for path, layer in low_rank_layers(model).items():
         configs = [layer.configs[name] for name in adapters if name in layer.configs]
         if any(config.use_dora for config in configs):
             raise ValueError("DoRA adapters cannot be combined: their changes are not of low rank")
@@ -150,7 +157,8 @@ def _check_combination(
             raise ValueError(f"'linear' adds matrices of one rank, and {path} has several; use 'svd' or 'cat'")
 
 
-def _check_names(model: nn.Module, adapters: Sequence[str]) -> None:
+def check_names(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Refuse names that no adapter of the model has."""
     known = adapter_names(model)
     for name in adapters:
         if name not in known:
@@ -160,18 +168,18 @@ def _check_names(model: nn.Module, adapters: Sequence[str]) -> None:
 Parts = list[tuple[str, float]]
 
 
-def _cat(layer: LoraLinear, parts: Parts, r: int) -> tuple[Tensor, Tensor]:
+def _cat(layer: LowRank, parts: Parts, r: int) -> tuple[Tensor, Tensor]:
     matrices = [(*layer.matrices(name), weight * layer.configs[name].scaling) for name, weight in parts]
     return torch.cat([a_ri * factor for a_ri, _, factor in matrices]), torch.cat([b for _, b, _ in matrices], dim=1)
 
 
-def _svd(layer: LoraLinear, parts: Parts, r: int) -> tuple[Tensor, Tensor]:
+def _svd(layer: LowRank, parts: Parts, r: int) -> tuple[Tensor, Tensor]:
     change_oi = torch.stack([weight * layer.delta(name) for name, weight in parts]).sum(0)
     u_or, s_r, vh_ri = torch.linalg.svd(change_oi, full_matrices=False)
     return vh_ri[:r], u_or[:, :r] * s_r[:r]
 
 
-def _linear(layer: LoraLinear, parts: Parts, r: int) -> tuple[Tensor, Tensor]:
+def _linear(layer: LowRank, parts: Parts, r: int) -> tuple[Tensor, Tensor]:
     total_a, total_b = (torch.zeros_like(matrix) for matrix in layer.matrices(parts[0][0]))
     for name, weight in parts:
         a_ri, b_or = layer.matrices(name)

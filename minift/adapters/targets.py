@@ -1,6 +1,7 @@
 """Which layers an adapter goes to, matched as PEFT matches them (`tuners_utils.check_target_module_exists`).
 
     exclude_modules      out, whatever else holds                     a list: names or ends of dotted paths
+    modules_to_save      out, with all that is in them (whole.py)
     target_modules       in                                           one string: a regular expression for a whole path
     layers_to_transform  of these, only those in the blocks 3, 4, ... the first number in the path
 
@@ -23,6 +24,7 @@ from dataclasses import replace
 from minift.adapters.config import ALL_LINEAR, LoraConfig
 
 HEAD = "lm_head"
+LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 QUERY_VALUE = ("q_proj", "v_proj")
 # PEFT's table (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING) for the architectures that are loaded here; it knows
 # nothing of phi3 and smollm3.
@@ -46,12 +48,15 @@ def usual_targets(architecture: str | None) -> tuple[str, ...]:
     return USUAL[architecture]
 
 
-def select(paths: Sequence[str], config: LoraConfig, architecture: str | None = None) -> tuple[LoraConfig, list[str]]:
+def select(
+    paths: Sequence[str], config: LoraConfig, architecture: str | None = None, saved: Sequence[str] = ()
+) -> tuple[LoraConfig, list[str]]:
     """The settings with their targets spelled out if they were None, and the paths that they mean, in order.
 
     Args:
         paths: of all layers that could be adapted.
         architecture: `model_type`, for the usual targets.
+        saved: paths of modules that are trained whole; nothing in them is a target.
 
     Raises:
         ValueError: nothing matched, or a name of a list did not; lists the names there are.
@@ -60,14 +65,15 @@ def select(paths: Sequence[str], config: LoraConfig, architecture: str | None = 
         config = replace(config, target_modules=usual_targets(architecture))
     targets = config.target_modules
     assert targets is not None
-    chosen = [path for path in paths if is_chosen(path, config)]
+    inside = tuple(f"{path}." for path in saved)
+    chosen = [path for path in paths if is_chosen(path, config) and not f"{path}.".startswith(inside)]
     unmatched = [] if isinstance(targets, str) else [
         target for target in targets if not any(is_target(path, (target,)) for path in paths)
     ]  # fmt: skip
     if unmatched or not any(is_target(path, targets) for path in paths):
-        raise ValueError(f"no linear layer matches target {unmatched or targets!r}; layers here: {_names(paths)}")
+        raise ValueError(f"no layer matches target {unmatched or targets!r}; layers here: {_names(paths)}")
     if not chosen:
-        limits = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+        limits = {name: getattr(config, name) for name in LIMITS}
         given = ", ".join(f"{name}={value!r}" for name, value in limits.items() if value)
         raise ValueError(f"{given} leaves no layer of target {targets!r}; layers here: {_names(paths)}")
     return config, chosen

@@ -315,16 +315,14 @@ def test_an_adapter_without_tensors(saved: Path, tiny: Path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"peft_type": "PROMPT_TUNING"}, "supported: LORA"),
+        ({"peft_type": "VERA"}, "peft_type 'VERA'"),
+        ({"peft_type": "LOHA"}, "supported: LORA"),
         ({"peft_type": None}, "peft_type None"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias 'some'"),
         ({"rank_pattern": 2}, "rank_pattern"),
         ({"rank_pattern": {"(q_proj": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 0}}, "alpha must be positive"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         # These change what the layer computes, or the base weights that the adapter belongs to.
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),

@@ -385,7 +385,7 @@ def test_all_linear_leaves_the_head_alone(tiny_odd: Path):
         (("q_pro",), "q_pro"),  # not the end of a path after a dot
         (("proj",), "proj"),
         ((".*q_proj",), ".*q_proj"),  # a list is no regular expression
-        (("embed_tokens",), "embed_tokens"),  # not a linear layer
+        (("input_layernorm",), "input_layernorm"),  # neither a linear layer nor an embedding
         ((), "()"),
         ("q_proj", "q_proj"),  # a single string must match a whole path
         ("layers", "layers"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import minift
-from minift.adapters.inject import lora_layers
+from minift.adapters.inject import lora_layers, low_rank_layers
 from minift.adapters.lora import LoraConfig, LoraLinear
 from minift.adapters.many import adapter_names, combine, delete_adapter, disabled, set_adapter
 
@@ -219,3 +219,49 @@ def test_dora_is_not_combined_and_unknown_names_are_refused(tiny: Path):
     for change in (set_adapter, delete_adapter):
         with pytest.raises(ValueError, match="no adapter 'x'; it has default"):
             change(ours, "x")
+
+
+def test_what_is_trained_beside_is_switched_with_it(tiny: Path):
+    """A trained norm: out of the model while its adapter is, back with it, gone when it is deleted; never combined."""
+    ours, ids = minift.load_model(tiny), torch.arange(3, 20).unsqueeze(0)
+    original = minift.load_model(tiny)(ids)
+    minift.add_lora(
+        ours, LoraConfig(r=2, target_modules=("q_proj", "embed_tokens"), modules_to_save=("model.norm",)), "one"
+    )
+    with torch.no_grad():
+        ours.get_parameter("model.norm.copies.one.weight").mul_(2)
+        adapted = ours(ids)
+        assert torch.equal(adapted, 2 * original)
+        with disabled(ours):
+            assert torch.equal(ours(ids), original)
+        assert torch.equal(ours(ids), adapted)
+        set_adapter(ours, [])
+        assert torch.equal(ours(ids), original) and not any(p.requires_grad for p in ours.parameters())
+        minift.add_lora(ours, LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("model.norm",)), "two")
+        with pytest.raises(ValueError, match=r"one, two each have their own model\.norm"):
+            set_adapter(ours, ["one", "two"])
+        assert adapter_names(ours) == ["one", "two"]
+        set_adapter(ours, "one")
+        assert {name for name, p in ours.named_parameters() if p.requires_grad} == {
+            name for name in ours.state_dict() if name.endswith((".one", ".one.weight"))
+        }
+        assert torch.equal(ours(ids), adapted)
+        with pytest.raises(ValueError, match=r"'one' has its own model\.norm"):
+            combine(ours, ["one"], [1.0], "new")
+        for name in ("one", "two"):
+            delete_adapter(ours, name)
+    assert ours.state_dict().keys() == minift.load_model(tiny).state_dict().keys()
+    assert torch.equal(ours(ids), original)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_changes_of_an_embedding_are_combined(tiny: Path, method: str):
+    ours = minift.load_model(tiny)
+    for name, r in (("one", 2), ("two", 3)):
+        minift.add_lora(ours, LoraConfig(r=r, target_modules=("embed_tokens",)), name)
+        layer = low_rank_layers(ours)["model.embed_tokens"]
+        nn.init.normal_(layer.matrices(name)[0])
+    expected = 0.5 * layer.delta("one") - 2 * layer.delta("two")
+    combine(ours, ["one", "two"], [0.5, -2], "new", method, rank=5 if method == "svd" else None)
+    # Of rank 5, so nothing is cut off; the svd of 64 x 384 numbers in fp32 is exact to some 64 u of the largest.
+    assert (layer.delta("new") - expected).abs().max() <= 64 * 2**-24 * torch.linalg.matrix_norm(expected, 2)
