@@ -8,16 +8,22 @@
     BitFit, norms, full    parameters that the model has anyway                              own.py
 
 LoRA has verbs of its own, because a model may hold many (many.py). A model holds at most one of the others, and not
-beside LoRA. `add_adapter`, `save_adapter` and `load_adapter` (files.py) take any of them.
+beside LoRA. `add_adapter`, `save_adapter` and `load_adapter` (verbs.py) take any of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from minift.adapters.folder import PREFIX
 from minift.model.decoder import CausalLM
+
+# What the adapter_config.json of every method of PEFT holds.
+COMMON = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+)  # fmt: skip
 
 
 class Method(ABC):
@@ -26,10 +32,12 @@ class Method(ABC):
     Attributes:
         name: on the command line.
         peft_type: in adapter_config.json; PEFT's name where it has the method.
+        key_prefix: what PEFT puts before the names of `tensors` in the file.
     """
 
     name: ClassVar[str]
     peft_type: ClassVar[str]
+    key_prefix: ClassVar[str] = PREFIX
 
     @abstractmethod
     def add(self, model: CausalLM) -> None:
@@ -41,16 +49,27 @@ class Method(ABC):
 
     @abstractmethod
     def remove(self, model: CausalLM) -> None:
-        """Take them out again."""
+        """Take them out again: the model is what it was before, bit for bit, and frozen."""
 
     @abstractmethod
     def tensors(self, model: CausalLM) -> dict[str, Tensor]:
-        """What is saved, by its name in the file (without "base_model.model."); usually the trained parameters."""
+        """What is saved, by its name in the file (without `key_prefix`); usually the trained parameters."""
 
     def load(self, model: CausalLM, tensors: Mapping[str, Tensor]) -> None:
         """Copy saved tensors into a model that has the method; names and shapes have been compared."""
         for name, own in self.tensors(model).items():
             own.data.copy_(tensors[name])
+
+    def merge(self, model: CausalLM) -> list[str]:
+        """Fold it into the weights, for good.
+
+        Returns:
+            names of what was changed.
+
+        Raises:
+            ValueError: it computes what no weight of the model could.
+        """
+        raise ValueError(f"{self.name} cannot be merged: no weight of the model computes what it adds")
 
     @abstractmethod
     def to_file(self, model: CausalLM) -> dict[str, Any]:
@@ -74,3 +93,18 @@ class Method(ABC):
 def method_of(model: nn.Module) -> Method | None:
     """The method that the model holds, if it is none of LoRA."""
     return getattr(model, "method", None)
+
+
+def check_settings(content: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse a setting of an adapter_config.json that a method does not have, unless it is off (null, false, empty).
+
+    Args:
+        content: of adapter_config.json.
+        known: what the method has, besides what all have.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for key, value in content.items():
+        if key not in known and key not in COMMON and value not in (None, False, "", [], {}):
+            raise ValueError(f"{key}={value!r} is not supported")

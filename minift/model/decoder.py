@@ -3,13 +3,15 @@
     token ids -> embedding -> N x (norm, attention, norm, MLP) -> norm -> head -> logits
 
 It knows nothing of LoRA or 4-bit weights: both replace `nn.Linear` modules from outside (adapters/inject.py,
-quant/model.py). Padding, packed documents and positions come in as two integers a token. Dropout, which OPT and GPT-2
-were trained with, is left out: fine-tuning has the adapters' own.
+quant/model.py). Tokens that are no words come in through `virtual` alone. Padding, packed documents and positions come
+in as two integers a token. Dropout, which OPT and GPT-2 were trained with, is left out: fine-tuning has the adapters'
+own.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 from minift.model.attention import ATTENTION, SharedPrefix, Visible, after_prefix
-from minift.model.cache import KVCache
+from minift.model.cache import KVCache, LayerCache
 from minift.model.config import ModelConfig
 from minift.model.layers import QKV, Block, Part, norm
 from minift.model.rope import Rotation, rotation
@@ -31,6 +33,35 @@ from minift.model.rope import Rotation, rotation
 # attention, which cost most to compute, and compute only what lies between them again. It pays for training all
 # weights; with LoRA the frozen layers' results are kept as well, and that is more than keeping what backward needs.
 Checkpointing = bool | Literal["selective"]
+
+
+class Slots(Protocol):
+    """What stands in those columns of an input that hold no words (adapters/virtual.py)."""
+
+    def embed(self, x_bsd: Tensor) -> Tensor:
+        """The words' embeddings, with what stands in the slots."""
+        ...
+
+    def through(self, layer: int, cache: LayerCache | None) -> Any:
+        """What a layer's keys and values go through: its cache, or something that appends to it."""
+        ...
+
+
+class Virtual(Protocol):
+    """Puts `tokens` slots in front of every document, and takes them out of the result."""
+
+    tokens: int
+
+    def __call__(
+        self,
+        inner: Callable[..., Tensor],
+        input_ids_bs: Tensor,
+        positions_bs: Tensor | None,
+        documents_bs: Tensor | None,
+        cache: KVCache | None,
+        gradient_checkpointing: Checkpointing,
+        shared_prefix: SharedPrefix | None,
+    ) -> Tensor: ...
 
 
 class Embedding(nn.Embedding):
@@ -70,6 +101,7 @@ class CausalLM(Part):
     Attributes:
         name: what the model was loaded as; adapters record it as their base.
         folder: where its files are; None for a model that was not loaded.
+        virtual: tokens that are no words, in front of every document (adapters/virtual.py); None: there are none.
 
     Raises:
         ValueError: an attention that does not exist, or that cannot cap scores for a model that does.
@@ -86,6 +118,7 @@ class CausalLM(Part):
         self.attention = ATTENTION[attention]
         self.name = ""
         self.folder: Path | None = None
+        self.virtual: Virtual | None = None
         self.decoder = Decoder(config)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -103,6 +136,11 @@ class CausalLM(Part):
     def dtype(self) -> torch.dtype:
         """dtype of embeddings and norms, and so of the activations."""
         return self.decoder.embed_tokens.weight.dtype
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Slots in front of every document, which take room in the context and in the cache."""
+        return self.virtual.tokens if self.virtual is not None else 0
 
     def hidden(
         self,
@@ -126,6 +164,19 @@ class CausalLM(Part):
         Raises:
             ValueError: more tokens than there are learned positions.
         """
+        given = (input_ids_bs, positions_bs, documents_bs, cache, gradient_checkpointing, shared_prefix)
+        return self._hidden(*given) if self.virtual is None else self.virtual(self._hidden, *given)
+
+    def _hidden(
+        self,
+        input_ids_bs: Tensor,
+        positions_bs: Tensor | None,
+        documents_bs: Tensor | None,
+        cache: KVCache | None,
+        gradient_checkpointing: Checkpointing,
+        shared_prefix: SharedPrefix | None,
+        slots: Slots | None = None,
+    ) -> Tensor:
         config, decoder = self.config, self.decoder
         past = cache.length if cache is not None else 0
         if positions_bs is None:
@@ -135,16 +186,19 @@ class CausalLM(Part):
             window: self._attend(window, input_ids_bs, past, documents_bt, shared_prefix)
             for window in set(config.windows)
         }
-        x_bsd = self._embed(input_ids_bs, positions_bs)
+        x_bsd = self._embed(input_ids_bs, positions_bs, slots)
         rotations = self._rotations(positions_bs, x_bsd.dtype)
         for index, block in enumerate(decoder.layers):
             window = config.windows[index]
-            run = partial(block, rotation=rotations[window is not None], attend=attend[window])
+            layer_cache = cache.layers[index] if cache is not None and not gradient_checkpointing else None
+            if slots is not None:
+                layer_cache = slots.through(index, layer_cache)
+            run = partial(block, rotation=rotations[window is not None], attend=attend[window], cache=layer_cache)
             if gradient_checkpointing:
                 kept = _selective if gradient_checkpointing == "selective" else noop_context_fn
                 x_bsd = checkpoint(run, x_bsd, use_reentrant=False, context_fn=kept)
             else:
-                x_bsd = run(x_bsd, cache=cache.layers[index] if cache is not None else None)
+                x_bsd = run(x_bsd)
         x_bsd = decoder.final_norm(x_bsd) if decoder.final_norm is not None else x_bsd
         return decoder.project_out(x_bsd) if decoder.project_out is not None else x_bsd
 
@@ -180,11 +234,18 @@ class CausalLM(Part):
             visible = None
         return partial(self.attention, visible=visible, **scores)
 
-    def _embed(self, input_ids_bs: Tensor, positions_bs: Tensor) -> Tensor:
+    def embed_words(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of token ids [...] as the first layer's input is made of them, [..., embedding_size]."""
+        x = self.decoder.embed_tokens(input_ids)
+        if self.config.family.scaled_embedding:
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        return x
+
+    def _embed(self, input_ids_bs: Tensor, positions_bs: Tensor, slots: Slots | None) -> Tensor:
         config, decoder = self.config, self.decoder
-        x_bsd = decoder.embed_tokens(input_ids_bs)
-        if config.family.scaled_embedding:
-            x_bsd = x_bsd * torch.tensor(config.hidden_size**0.5, dtype=x_bsd.dtype, device=x_bsd.device)
+        x_bsd = self.embed_words(input_ids_bs)
+        if slots is not None:
+            x_bsd = slots.embed(x_bsd)
         if decoder.project_in is not None:
             x_bsd = decoder.project_in(x_bsd)
         if config.family.learned is None:

@@ -6,6 +6,8 @@ row. Prompts of different lengths are padded on the left, so that all rows end, 
     . . a b c | x        positions of padding do not matter: its document number -1 hides it from every other token
     d e f g h | y
 
+Virtual tokens (adapters/virtual.py) get into the cache with the prompt, between padding and text, and take room there.
+
 How the next token is chosen from the logits: sampling.py.
 
 Phi-3's longrope turns all keys at another speed as soon as the text is longer than the model was first trained on (see
@@ -51,23 +53,23 @@ def generate_tokens(
         ValueError: an empty prompt, or prompt and new tokens exceed the model's context.
     """
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    virtual = model.virtual_tokens
     if min(map(len, prompts)) == 0:
         raise ValueError("cannot generate from an empty prompt")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    if longest + max_new_tokens > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {context}"
-        )
+    if virtual + longest + max_new_tokens > context:
+        count = f"{longest} tokens{f', {virtual} virtual ones' if virtual else ''}"
+        raise ValueError(f"a prompt of {count} and {max_new_tokens} new ones exceed the model's context of {context}")
     device, rope = model.device, model.config.rope
-    restart = rope["original_max_position_embeddings"] + 1 - longest if rope["rope_type"] == "longrope" else 0
+    restart = rope["original_max_position_embeddings"] + 1 - longest - virtual if rope["rope_type"] == "longrope" else 0
     choose = Chooser(sampling, prompts, device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
     for step in range(max_new_tokens):
         if step == 0 or step == restart:
-            cache = KVCache(model.config, len(prompts), longest + max_new_tokens, model.dtype, device)
+            cache = KVCache(model.config, len(prompts), virtual + longest + max_new_tokens, model.dtype, device)
             input_ids_bs, positions_bs, documents_bs = _padded_left(prompts, tokens, device)
         else:
             input_ids_bs, positions_bs = tokens[-1].unsqueeze(1), positions_bs[:, -1:] + 1

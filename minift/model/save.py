@@ -80,7 +80,8 @@ def checkpoint_tensors(model: CausalLM) -> dict[str, Tensor]:
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     quantized = {path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    foreign = [name for name in tensors if name not in plain and not quantized & set(owners(name))]
+    own_state = {name for name in tensors if quantized & set(owners(name)) and not name.endswith(".bias")}
+    foreign = [name for name in tensors if name not in plain and name not in own_state]
     if foreign:
         raise ValueError(
             f"{foreign[0]} is not part of a {model.config.model_type} checkpoint; merge the adapters first "

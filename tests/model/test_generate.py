@@ -31,7 +31,7 @@ from minift.model.generate import GREEDY, Sampling, generate, generate_batch, ge
 class Scripted:
     """Stands in for a model: `logits(last token of each row [b])` -> [b, v] decides what comes next."""
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, virtual_tokens = torch.float32, torch.device("cpu"), 0
 
     def __init__(
         self, logits: Callable[[Tensor], Tensor], eos: tuple[int, ...] = (), context: int = 1000, **generation: Any
