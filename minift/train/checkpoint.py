@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minift.adapters.inject import lora_layers
+from minift.adapters.method import method_of
+from minift.adapters.switched import switched
 from minift.atomic import atomic_folder
 from minift.data.encode import Example
 from minift.train.config import TrainConfig
@@ -34,7 +35,7 @@ from minift.train.records import StepRecord
 # Settings that may change between two parts of a run: they do not touch any step that is still to come.
 MAY_CHANGE = (
     "output_dir", "cache", "save_every", "resume", "log_every", "gradient_checkpointing",
-    "keep_last", "patience", "tensorboard",
+    "keep_last", "patience", "tensorboard", "paged", "page_budget",
 )  # fmt: skip
 TRAINED, STATE, CONTENT = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
@@ -47,7 +48,10 @@ def fingerprint(
     `evaluated` are the evaluation rows: the best step is the best on these.
     """
     settings = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
-    adapters = [asdict(layer.configs[name]) for layer in lora_layers(model).values() for name in layer.active]
+    adapters: list[Any] = [asdict(place.configs[n]) for place in switched(model).values() for n in place.active]
+    method = method_of(model)
+    if method is not None:
+        adapters.append([method.name, repr(method)])
     digest = hashlib.sha256()
     trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}  # not by name: a tied weight has two
     for name, tensor in model.state_dict().items():
@@ -221,9 +225,6 @@ def load_checkpoint(
     for name, value in [*tensors.items(), *saved.numbers.items()]:
         owner, _, key = name.partition(".")
         state.setdefault(int(owner) if owner.isdigit() else owner, {})[key] = value
-    device = next(iter(parameters.values())).device
-    for values in state.values():
-        values.update({key: value.to(device) for key, value in values.items() if isinstance(value, Tensor)})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return [StepRecord(**record) for record in saved.steps]
 

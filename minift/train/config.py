@@ -11,12 +11,14 @@ from minift.data.report import Problems
 from minift.optim.schedule import SCHEDULES
 
 OPTIMIZERS = ("adamw8bit", "adamw")
+DECAY_ORDERS = ("torch", "bnb")
+CHECKPOINTING = ("off", "on", "selective")
 Packing = Literal["none"] | Strategy
 PACKING = ("none", *STRATEGIES)
 LEAST = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "weight_decay": 0,
     "max_grad_norm": 0, "max_length": 2, "seed": 0, "save_every": 0, "log_every": 1,
-    "eval_every": 0, "patience": 0, "keep_last": 1,
+    "eval_every": 0, "patience": 0, "keep_last": 1, "page_budget": 1,
 }  # fmt: skip
 
 
@@ -38,6 +40,14 @@ class TrainConfig:
     weight_decay: float = _setting(0.0, "Decoupled weight decay.")
     max_grad_norm: float = _setting(1.0, "Scale gradients down to this norm if theirs is larger; 0 turns it off.")
     optimizer: str = _setting("adamw8bit", "adamw8bit keeps its state in 2 bytes a parameter, adamw in 8.", OPTIMIZERS)
+    paged: bool = _setting(False, "Keep the state of adamw8bit in host memory, and fetch it page by page (exact).")
+    page_budget: int = _setting(64, "With paged: MB of device memory for pages.")
+    stochastic_rounding: bool = _setting(
+        False, "Round 16-bit trained parameters by chance, so that small updates are not lost (adamw8bit)."
+    )
+    decay_order: str = _setting(
+        "torch", "Decay weights before the update, as torch, or after it, as bnb's kernels (adamw8bit).", DECAY_ORDERS
+    )
     loss_on: LossOn = _setting(
         "completion", "Train on all tokens, the completion (last assistant turn), or every assistant turn.", LOSS_ON
     )
@@ -55,7 +65,12 @@ class TrainConfig:
         True, "Compute the beginning that all rows of a micro-batch share only once (exact; not with dropout)."
     )
     shuffle: bool = _setting(True, "Draw the rows of each epoch in an order fixed by the seed.")
-    gradient_checkpointing: bool = _setting(False, "Recompute activations: a third slower, far less memory.")
+    gradient_checkpointing: str = _setting(
+        "off",
+        "Compute activations again in the backward pass: all (on: a third slower, far less memory), or all but the "
+        "products (selective).",
+        CHECKPOINTING,
+    )
     seed: int = _setting(0, "Seed of data order and dropout.")
     cache: str = _setting("", "Folder that keeps encoded rows, so that a second run on the same data starts at once.")
     output_dir: str = _setting("minift-run", "Folder for checkpoints, log and the trained adapter.")
@@ -77,16 +92,31 @@ class TrainConfig:
         """Tokens after which a row is cut before it is packed; None for packing that goes on with the rest of it."""
         return None if self.packing in ("wrapped", "bfd_split") else self.max_length
 
+    @property
+    def checkpointing(self) -> bool | Literal["selective"]:
+        """gradient_checkpointing as the model takes it."""
+        return "selective" if self.gradient_checkpointing == "selective" else self.gradient_checkpointing == "on"
+
     def __post_init__(self) -> None:
         for name in ("output_dir", "cache"):
             object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        if isinstance(self.gradient_checkpointing, bool):
+            object.__setattr__(self, "gradient_checkpointing", "on" if self.gradient_checkpointing else "off")
         for setting in fields(self):
             self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
+        self._check_optimizer()
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length draws batches in random order: leave shuffle on, or group_by_length off")
         if not self.eval_every and (self.patience or self.best):
             name = "patience" if self.patience else "best"
             raise ValueError(f"{name} compares evaluations during the run: set eval_every to a number of steps")
+
+    def _check_optimizer(self) -> None:
+        """What only adamw8bit has is not silently left out by another optimizer."""
+        for name in ("paged", "stochastic_rounding", "decay_order"):
+            value = getattr(self, name)
+            if self.optimizer != "adamw8bit" and value not in (False, "torch"):
+                raise ValueError(f"{name} {value} needs optimizer adamw8bit, got {self.optimizer}")
 
     def _check(self, name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
         """Among the choices, of the default's type (a whole number is a fine float), finite and in range."""

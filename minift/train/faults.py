@@ -79,8 +79,8 @@ def memory_advice(config: TrainConfig) -> list[str]:
             f"{parts * config.gradient_accumulation} (now {config.batch_size} and "
             f"{config.gradient_accumulation}): the same step in smaller pieces"
         )
-    if not config.gradient_checkpointing:
-        advice.append("gradient_checkpointing: a third slower, and only one layer's activations at a time")
+    if config.checkpointing is not True:
+        advice.append("gradient_checkpointing on: a third slower, and only one layer's activations at a time")
     advice.append(f"max_length {max(2, config.max_length // 2)} (now {config.max_length}): shorter rows")
     if config.optimizer != "adamw8bit":
         advice.append("optimizer adamw8bit: 2 bytes of state a trained parameter instead of 8")
@@ -89,11 +89,16 @@ def memory_advice(config: TrainConfig) -> list[str]:
     return advice[:3]
 
 
-def out_of_memory(step: int, config: TrainConfig, error: BaseException) -> MemoryError:
-    """The error that takes the place of the allocator's."""
+def out_of_memory(step: int, config: TrainConfig, error: BaseException, told: str = "") -> MemoryError:
+    """The error that takes the place of the allocator's.
+
+    Args:
+        told: where memory goes and what to change, from somebody who predicts it; "" for the general advice.
+    """
     changes = "; ".join(f"({number}) {text}" for number, text in enumerate(memory_advice(config), 1))
+    told = told or f"Change one of: {changes}."
     reason = str(error).split("\n")[0]
     return MemoryError(
-        f"out of memory in step {step}. Change one of: {changes}. `minift memory` says beforehand what each part of a "
-        f"run takes. The allocator said: {reason}"
+        f"out of memory in step {step}. {told} `minift memory` says beforehand what each part of a run takes. The "
+        f"allocator said: {reason}"
     )

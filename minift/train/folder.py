@@ -4,6 +4,7 @@
         config.json      settings, versions, the model, a fingerprint of the data, and the command line's options
         log.jsonl        a line of JSON a step, written when the step is done: a run that is killed leaves them all
         log.json         settings, versions and every `log_every`-th step, at the end or when stopped
+        memory.json      of one step, predicted and measured, where somebody looked on (study/watch.py)
         tensorboard/     the same numbers as events, where tensorboard is installed
         checkpoints/     see checkpoint.py
         adapter/         the trained adapter

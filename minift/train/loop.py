@@ -17,18 +17,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from minift.adapters.inject import lora_layers
+from minift.adapters.method import method_of
+from minift.adapters.switched import switched
 from minift.adapters.verbs import save_adapter
 from minift.data.collate import Batch
 from minift.data.formats import Row
 from minift.data.tokenizer import Tokenizer
 from minift.heap import give_memory_back
 from minift.model.decoder import CausalLM
+from minift.numerics.rounding import TARGETS
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
 from minift.optim.schedule import lr_factor
@@ -52,7 +56,9 @@ from minift.train.policy import format_precision, precision_table
 from minift.train.progress import progress_bar
 from minift.train.records import StepRecord, best_step, has_stalled
 from minift.train.step import train_step
+from minift.train.watch import Watch, begin_peak, peak_since
 
+LARGEST_PAGE, MB = 1 << 21, 10**6  # bytes of a page of optimizer state, and of the unit of page_budget
 TRIM_EVERY = 5  # steps; each return costs some page faults, so not every one
 
 
@@ -85,6 +91,7 @@ def train(
     say: Callable[[str], object] = lambda text: None,
     eval_rows: Sequence[Row] | None = None,
     options: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train whatever in the model requires a gradient.
 
@@ -96,6 +103,7 @@ def train(
         say: told, before the first step, what the rows will train and in which precision (`print`, for instance).
         eval_rows: rows to evaluate on, never trained.
         options: how to make the model and the rows again; config.json keeps them.
+        watch: looks on while steps are taken (watch.py).
 
     Raises:
         ValueError: a bad setting or row, nothing to train, or a checkpoint of another run.
@@ -105,21 +113,17 @@ def train(
     """
     config = config or TrainConfig()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("nothing to train: no parameter requires a gradient; call add_lora first")
+    optimizer = make_optimizer(parameters, config)
     if eval_rows is None and config.eval_every:
         raise ValueError("eval_every needs rows to evaluate on: give eval_rows, or leave it at 0")
     examples = encoded(tokenizer, rows, config, say)
     evaluated = examine_rows(tokenizer, eval_rows, config).examples if eval_rows is not None else []
     # With dropout, rows that share a prefix would also share which of its numbers are dropped.
-    dropout = any(c.dropout for layer in lora_layers(model).values() for c in layer.configs.values())
+    dropout = any(c.dropout for place in switched(model).values() for c in place.configs.values())
     share = config.share_prefix and not dropout
     plan = Plan(prepare(examples, tokenizer, config, say), tokenizer.pad_id or 0, config, share)
     plan.check()
     to_evaluate = evaluation_batches(evaluated, tokenizer, config) if eval_rows is not None else []
-    optimizer = {"adamw8bit": AdamW8bit, "adamw": AdamW}[config.optimizer](
-        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
     say(format_precision(precision_table(model, optimizer)))
     output = Path(config.output_dir)
     identity = fingerprint(examples, model, config, evaluated)
@@ -141,9 +145,11 @@ def train(
         was_training = model.training
         model.train()
         try:
-            _run(Run(model, plan, to_evaluate, optimizer, config, result, folder, save))
+            _run(Run(model, plan, to_evaluate, optimizer, config, result, folder, save, watch or Watch()))
         finally:
             model.train(was_training)
+    if isinstance(optimizer, AdamW8bit) and optimizer.pool is not None:
+        say(f"Pages of optimizer state\n{optimizer.pool.counters.format()}")
 
     result.stopped_early = len(result.steps) < plan.total_steps and has_stalled(result.steps, config.patience)
     result.finished = result.stopped_early or len(result.steps) == plan.total_steps
@@ -153,9 +159,35 @@ def train(
     if result.finished and config.best:
         result.weights_of = best_step(result.steps) or result.weights_of
         restore_weights(read_checkpoint(checkpoint_of(output, result.weights_of)), parameters)
-    if result.finished and lora_layers(model):
+    if result.finished and (switched(model) or method_of(model)):
         result.adapter = save_adapter(model, output / "adapter")
     return result
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> AdamW | AdamW8bit:
+    """The optimizer of a run.
+
+    Args:
+        parameters: the trained ones, by name.
+
+    Raises:
+        ValueError: none, or none that could be rounded by chance although that was asked for.
+    """
+    if not parameters:
+        raise ValueError("nothing to train: no parameter requires a gradient; call add_lora first")
+    if config.optimizer == "adamw":
+        return AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    if config.stochastic_rounding and not any(p.dtype in TARGETS for p in parameters.values()):
+        raise ValueError(
+            f"stochastic_rounding has nothing to round: all {len(parameters)} trained parameters are stored in "
+            "float32, as adapters always are; leave it off, or train weights that are stored in bfloat16"
+        )
+    budget = config.page_budget * MB
+    return AdamW8bit(
+        parameters.values(), lr=config.lr, weight_decay=config.weight_decay, order=config.decay_order,
+        stochastic_rounding=config.stochastic_rounding, seed=config.seed,
+        paged=config.paged, page_bytes=min(LARGEST_PAGE, budget), budget_bytes=budget,
+    )  # fmt: skip
 
 
 @dataclass
@@ -170,6 +202,7 @@ class Run:
     result: TrainResult
     folder: RunFolder
     save: Callable[[], object]
+    watch: Watch
 
 
 def _run(run: Run) -> None:
@@ -201,8 +234,11 @@ def _step(run: Run, step: int) -> StepRecord:
         group["lr"] = lr
     batches = run.plan.micro_batches(step)
     try:
-        stats = train_step(run.model, batches, run.optimizer, config.max_grad_norm, config.gradient_checkpointing)
-        record = StepRecord(step=step + 1, lr=lr, seconds=time.perf_counter() - began, **asdict(stats))
+        begin_peak(run.model.device)
+        take = partial(train_step, run.model, batches, run.optimizer, config.max_grad_norm, config.checkpointing)
+        stats = run.watch.step(run.model, batches, run.optimizer, take)
+        seconds, peak = time.perf_counter() - began, peak_since(run.model.device)
+        record = StepRecord(step=step + 1, lr=lr, seconds=seconds, peak_memory=peak, **asdict(stats))
         if not run.to_evaluate or not is_time(step + 1, total, config.eval_every):
             return record
         found = evaluate(run.model, run.to_evaluate)
@@ -211,7 +247,7 @@ def _step(run: Run, step: int) -> StepRecord:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(step + 1, config, error) from error
+        raise out_of_memory(step + 1, config, error, run.watch.shortage(run.model, batches)) from error
     return replace(record, eval_loss=found.loss, eval_perplexity=found.perplexity, eval_accuracy=found.accuracy)
 
 

@@ -16,7 +16,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from minift.adapters.inject import lora_layers
+from minift.adapters.inject import adapter_parameters
+from minift.adapters.method import method_of
+from minift.adapters.own import OwnParameters
+from minift.adapters.switched import switched
 from minift.model.decoder import CausalLM
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import MIN_8BIT_SIZE, AdamW8bit
@@ -33,26 +36,33 @@ def precision_table(model: CausalLM, optimizer: torch.optim.Optimizer) -> list[t
         optimizer: before its first step or later.
     """
     compute = _name(model.decoder.embed_tokens.weight.dtype)
-    head, embeddings = model.lm_head, [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    adapters = [p for layer in lora_layers(model).values() for p in layer.parameters() if p.requires_grad]
-    own = {id(p) for p in adapters} | {id(p) for m in embeddings for p in m.parameters()}
-    own |= {id(p) for p in head.parameters()}
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    norms = [p for name, p in model.named_parameters() if id(p) not in own and _is_norm(name)]
-    own |= {id(p) for p in norms}
-    own |= {id(p) for m in quantized for p in m.parameters()}
-    plain = [p for p in model.parameters() if id(p) not in own and p.dim() > 1]
+    taken: set[int] = set()  # each parameter belongs to the first part that claims it
+
+    def claim(parameters: Iterable[Tensor]) -> list[Tensor]:
+        found = [p for p in parameters if id(p) not in taken]
+        taken.update(map(id, found))
+        return found
+
     trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = claim(_added(model))
+    embeddings = claim(p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    head = claim(model.lm_head.parameters())
+    norms = claim(p for name, p in model.named_parameters() if _is_norm(name))
+    claim(p for m in quantized for p in m.parameters() if p.dim() > 1)
+    plain = claim(p for p in model.parameters() if p.dim() > 1)
+    biases = claim(model.parameters())
     rows = [
         ("weights", _count([m.config.label for m in quantized] + [_name(p.dtype) for p in plain]),
          _count([_name(m.compute_dtype) for m in quantized] + [_name(p.dtype) for p in plain], False)),
         ("adapters", _types(adapters) or "none", compute if adapters else ""),
         ("norms", _types(norms), f"float32 inside, rounded to {compute}" if compute != "float32" else compute),
-        ("embeddings", _types(p for m in embeddings for p in m.parameters()), compute),
-        ("head", _types(head.parameters()) or "as the embeddings", compute),
+        ("biases", _types(biases), compute),
+        ("embeddings", _types(embeddings), compute),
+        ("head", _types(head) or "as the embeddings", compute),
         ("loss", "float32", "float32: logits are cast, a few rows at a time"),
         ("gradients", _types(trained), "as stored; their norm in float32 or wider"),
-        ("optimizer state", _state(optimizer), "float32"),
+        ("optimizer state", _state(optimizer), f"float32{_rounding(trained, optimizer)}"),
     ]  # fmt: skip
     return [row for row in rows if row[1]]
 
@@ -68,12 +78,28 @@ def _state(optimizer: torch.optim.Optimizer) -> str:
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, AdamW8bit):
         large = sum(size >= MIN_8BIT_SIZE for size in sizes)
-        parts = [(large, "8-bit codes, float32 scales"), (len(sizes) - large, "float32")]
+        paged = " in pages of host memory" if optimizer.pool is not None else ""
+        parts = [(large, f"8-bit codes, float32 scales{paged}"), (len(sizes) - large, "float32")]
         return ", ".join(f"{text} ({count})" for count, text in parts if count)
     if isinstance(optimizer, AdamW):
         return f"float32 ({len(sizes)})"
     found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return _types(found) or "none before the first step"
+
+
+def _rounding(trained: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> str:
+    """How an update comes to a parameter that is narrower than the arithmetic."""
+    narrow = sorted({_name(p.dtype) for p in trained if p.dtype.itemsize < 4})
+    how = "by chance" if optimizer.defaults.get("stochastic_rounding") else "to nearest"
+    return f", then rounded {how} to {', '.join(narrow)}" if narrow else ""
+
+
+def _added(model: CausalLM) -> list[Tensor]:
+    """The trained parameters that the model did not have before."""
+    method = method_of(model)
+    if method is not None:
+        return [] if isinstance(method, OwnParameters) else [p for p in model.parameters() if p.requires_grad]
+    return [p for place in switched(model).values() for p in adapter_parameters(place) if p.requires_grad]
 
 
 def _is_norm(name: str) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 class StepRecord:
     """One line of the log. `lr` is the rate this step used; see StepStats for the others.
 
-    The last three are None unless the evaluation rows were looked at after this step (evaluate.py).
+    `eval_*` are None unless the evaluation rows were looked at after this step (evaluate.py). `peak_memory` is in bytes
+    (watch.py): of a GPU, what tensors held in this step; else the most this process has held so far.
     """
 
     step: int
@@ -27,6 +28,7 @@ class StepRecord:
     eval_loss: float | None = None
     eval_perplexity: float | None = None
     eval_accuracy: float | None = None
+    peak_memory: int | None = None
 
 
 def best_step(steps: Sequence[StepRecord]) -> int | None:

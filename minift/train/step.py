@@ -23,10 +23,11 @@ from minift.adapters.report import without_gradient
 from minift.data.collate import Batch
 from minift.data.encode import IGNORE
 from minift.model.attention import SharedPrefix
-from minift.model.decoder import CausalLM
+from minift.model.decoder import CausalLM, Checkpointing
 from minift.train.faults import where_not_finite
 
-# Logits that exist at a time: 34 MB in fp32 on a CPU, 0.5 GB on a GPU, which needs larger products to be busy.
+# Logits that exist at a time, 34 MB in fp32 on a CPU, 0.5 GB on a GPU, which needs larger products to be busy. Three
+# such tensors are there at the worst moment (the softmax, its gradient, the logits' gradient): 100 MB, 1.6 GB.
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
@@ -47,7 +48,7 @@ class StepStats:
     tokens: int
 
 
-def trained_rows(model: CausalLM, batch: Batch, gradient_checkpointing: bool = False) -> tuple[Tensor, Tensor]:
+def trained_rows(model: CausalLM, batch: Batch, gradient_checkpointing: Checkpointing = False) -> tuple[Tensor, Tensor]:
     """Hidden states [n, d] of the positions that predict a trained token, and those tokens [n]."""
     hidden_bsd = model.hidden(
         batch.input_ids_bs,
@@ -77,7 +78,7 @@ def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     return head_loss(model.logits, *trained_rows(model, batch))
 
 
-def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing: bool = False) -> Tensor:
+def backward(model: CausalLM, batch: Batch, divisor: int, gradient_checkpointing: Checkpointing = False) -> Tensor:
     """Add the gradients of loss_sum / divisor to the parameters; return that loss, detached.
 
     In two stages, so that the logits of all rows never exist together: first the head, a few rows at a time, each piece
@@ -100,7 +101,7 @@ def train_step(
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float = 1.0,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
 ) -> StepStats:
     """Forward, backward, clip, update.
 

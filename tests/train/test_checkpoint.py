@@ -113,14 +113,14 @@ OTHER_VALUES = {
     "epochs": 2, "max_steps": 5, "batch_size": 1, "gradient_accumulation": 2, "lr": 1e-5, "schedule": "cosine",
     "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "optimizer": "adamw", "loss_on": "all",
     "max_length": 99, "packing": "bfd", "share_prefix": False, "shuffle": False, "seed": 1,
-    "gradient_checkpointing": True, "output_dir": "elsewhere", "cache": "tokens", "save_every": 3, "resume": True,
-    "log_every": 2,
+    "gradient_checkpointing": "selective", "output_dir": "elsewhere", "cache": "tokens", "save_every": 3,
+    "resume": True, "log_every": 2,
     "group_by_length": True, "problems": "drop", "keep_last": 5, "eval_every": 3, "patience": 2, "best": True,
-    "tensorboard": False,
+    "tensorboard": False, "paged": True, "page_budget": 1, "stochastic_rounding": True, "decay_order": "bnb",
 }  # fmt: skip
 FREE = {
     "gradient_checkpointing", "output_dir", "cache", "save_every", "resume", "log_every",
-    "keep_last", "patience", "tensorboard",
+    "keep_last", "patience", "tensorboard", "paged", "page_budget",
 }  # fmt: skip
 
 

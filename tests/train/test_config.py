@@ -11,16 +11,21 @@ from minift.train.config import TrainConfig
 INTEGERS = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0, "max_length": 2,
     "seed": 0, "save_every": 0, "log_every": 1, "keep_last": 1, "eval_every": 0, "patience": 0,
+    "page_budget": 1,
 }  # with the smallest value  # fmt: skip
 NUMBERS = ("lr", "weight_decay", "max_grad_norm")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "optimizer": ("adamw8bit", "adamw"),
+    "decay_order": ("torch", "bnb"),
+    "gradient_checkpointing": ("off", "on", "selective"),
     "loss_on": ("all", "completion", "assistant", "assistant_with_header"),
     "problems": ("stop", "drop"),
     "packing": ("none", "bfd", "bfd_split", "wrapped"),
 }
-SWITCHES = ("share_prefix", "shuffle", "group_by_length", "gradient_checkpointing", "resume", "best", "tensorboard")
+SWITCHES = (
+    "share_prefix", "shuffle", "group_by_length", "resume", "best", "tensorboard", "paged", "stochastic_rounding",
+)  # fmt: skip
 
 BELOW = [(name, least - 1) for name, least in INTEGERS.items()] + [(name, -100) for name in INTEGERS]
 NEGATIVE = [("lr", 0), ("lr", 0.0), ("lr", -1e-4), ("weight_decay", -1e-9), ("max_grad_norm", -0.5)]
@@ -109,3 +114,21 @@ def test_what_compares_evaluations_needs_some(setting: dict[str, Any]):
     with pytest.raises(ValueError, match=f"^{name} compares evaluations during the run: set eval_every"):
         TrainConfig(**setting)
     assert TrainConfig(**setting, eval_every=1).eval_every == 1
+
+
+@pytest.mark.parametrize("setting", [{"paged": True}, {"stochastic_rounding": True}, {"decay_order": "bnb"}], ids=str)
+def test_what_only_the_8_bit_optimizer_has_is_not_silently_left_out(setting: dict[str, Any]):
+    (name,) = setting
+    with pytest.raises(ValueError, match=rf"^{name} (True|bnb) needs optimizer adamw8bit, got adamw"):
+        TrainConfig(**setting, optimizer="adamw")
+    assert getattr(TrainConfig(**setting), name) == setting[name]
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "taken"),
+    [("off", "off", False), ("on", "on", True), ("selective", "selective", "selective"), (False, "off", False),
+     (True, "on", True)],
+)  # fmt: skip
+def test_gradient_checkpointing_by_name_or_as_a_truth_value(given: Any, name: str, taken: Any):
+    config = TrainConfig(gradient_checkpointing=given)
+    assert (config.gradient_checkpointing, config.checkpointing) == (name, taken)

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import minift
+from minift.adapters.ia3 import IA3Config
+from minift.adapters.own import NormConfig
+from minift.adapters.verbs import add_adapter
 from minift.data.collate import collate
 from minift.data.encode import encode
 from minift.train.config import TrainConfig
@@ -156,7 +159,7 @@ def test_out_of_memory_names_the_step_and_three_changes(
     assert text.startswith(
         "out of memory in step 1. Change one of: (1) batch_size 1 with gradient_accumulation 6 (now 2 and 3)"
     )
-    assert "(2) gradient_checkpointing" in text and "(3) max_length 512 (now 1024)" in text and "(4)" not in text
+    assert "(2) gradient_checkpointing on" in text and "(3) max_length 512 (now 1024)" in text and "(4)" not in text
     assert "`minift memory`" in text
 
 
@@ -172,12 +175,12 @@ def test_another_error_is_not_taken_for_it(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 9])
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_advice_is_three_things_that_are_not_done_already(batch_size: int, recomputed: bool):
+@pytest.mark.parametrize("recomputed", ["off", "selective", "on"])
+def test_advice_is_three_things_that_are_not_done_already(batch_size: int, recomputed: str):
     config = TrainConfig(batch_size=batch_size, gradient_accumulation=2, gradient_checkpointing=recomputed)
     advice = memory_advice(config)
     assert len(set(advice)) == 3
-    assert any("gradient_checkpointing:" in text for text in advice) != recomputed
+    assert any("gradient_checkpointing on:" in text for text in advice) == (recomputed != "on")
     if batch_size > 1:  # the same number of rows a step
         words = advice[0].split()
         assert int(words[1]) * int(words[4]) == 2 * batch_size and int(words[1]) < batch_size
@@ -200,10 +203,12 @@ def test_the_precision_table_of_qlora(tiny: Path, make_model: Any):
     assert table["weights"][1] == "bfloat16"
     assert table["adapters"] == (f"{adapter} (28)", "bfloat16")
     assert table["norms"] == ("bfloat16 (5)", "float32 inside, rounded to bfloat16")
-    assert table["embeddings"][0] == table["head"][0] == "bfloat16 (1)"
+    assert (table["embeddings"][0], table["head"][0]) == ("bfloat16 (1)", "as the embeddings")  # tied
     assert table["gradients"][0] == f"{adapter} (28)" and table["loss"][0] == "float32"
     small = f", float32 ({len(trained) - large})" if large < len(trained) else ""
-    assert table["optimizer state"][0] == f"8-bit codes, float32 scales ({large}){small}"
+    assert table["optimizer state"] == (f"8-bit codes, float32 scales ({large}){small}", "float32")
+    paged = {part: stored for part, stored, _ in precision_table(model, minift.AdamW8bit(trained, paged=True))}
+    assert paged["optimizer state"] == f"8-bit codes, float32 scales in pages of host memory ({large}){small}"
     lines = format_precision(precision_table(model, optimizer)).splitlines()
     assert lines[0].split() == ["part", "stored", "computed", "in"] and len(lines) == 9
 
@@ -221,3 +226,30 @@ def test_the_precision_table_of_full_fine_tuning(tiny: Path, make_model: Any):
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert {v.dtype for v in tensors} == {torch.float32}
     assert table["optimizer state"] == (f"float32 ({len(list(model.parameters()))})", "float32")
+
+
+@pytest.mark.parametrize(("stochastic", "how"), [(True, "by chance"), (False, "to nearest")])
+def test_the_precision_table_says_how_16_bit_weights_are_rounded(
+    tiny_odd: Path, make_model: Any, stochastic: bool, how: str
+):
+    """Of a model with a head of its own; and a bias, wherever one comes from, is a part as well."""
+    model = make_model(tiny_odd, r=0, dtype=torch.bfloat16)
+    model.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(131))
+    optimizer = minift.AdamW8bit(model.parameters(), stochastic_rounding=stochastic)
+    table = {part: (stored, how) for part, stored, how in precision_table(model, optimizer)}
+    assert table["optimizer state"][1] == f"float32, then rounded {how} to bfloat16"
+    assert table["embeddings"] == table["head"] == ("bfloat16 (1)", "bfloat16")
+    assert table["biases"] == ("float32 (1)", "bfloat16") and table["gradients"][0] == "bfloat16 (21), float32 (1)"
+
+
+def test_the_precision_table_of_a_method(tiny: Path, make_model: Any):
+    """What IA3 has put in is an adapter; norms that are trained stay norms."""
+    tables = []
+    for method in (IA3Config(), NormConfig()):
+        model = make_model(tiny, r=0)
+        add_adapter(model, method)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        tables.append((len(trained), dict(row[:2] for row in precision_table(model, minift.AdamW8bit(trained)))))
+    (ia3, factors), (norms, none) = tables
+    assert ia3 == 2 * 3 and factors["adapters"] == f"float32 ({ia3})" and factors["norms"] == "float32 (5)"
+    assert none["adapters"] == "none" and none["norms"] == "float32 (5)" and norms >= 4

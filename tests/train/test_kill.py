@@ -118,9 +118,10 @@ def content(output: Path) -> dict[str, object]:
             found[name] = path.read_bytes()
         elif name.endswith("state.json"):
             state = json.loads(path.read_text())
-            found[name] = {**state, "steps": [{**step, "seconds": 0} for step in state["steps"]]}
+            found[name] = {**state, "steps": [{**step, "seconds": 0, "peak_memory": 0} for step in state["steps"]]}
         elif name == "log.jsonl":
-            found[name] = [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+            steps = map(json.loads, path.read_text().splitlines())
+            found[name] = [{**step, "seconds": 0, "peak_memory": 0} for step in steps]
         else:
             found[name] = None
     return found
