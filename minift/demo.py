@@ -31,6 +31,7 @@ from minift.model.load import load_model
 from minift.model.sampling import GREEDY
 from minift.study.memory import name_of, peak_memory
 from minift.study.plots import loss_curve
+from minift.study.watch import MemoryWatch
 from minift.train.config import TrainConfig
 from minift.train.loop import TrainResult, train
 
@@ -79,7 +80,7 @@ def run_demo(
     say(f"LoRA       r={lora.r}, alpha={lora.alpha:g} on {len(wrapped)} layers: {trained:,} trained parameters")
 
     before = _answers(model, tokenizer, heldout)
-    result = train(model, tokenizer, yoda_rows("train"), config)
+    result = train(model, tokenizer, yoda_rows("train"), config, watch=MemoryWatch(config, say))
     if not result.finished:
         return DemoResult(result, _share(before, heldout), float("nan"))
     after = _answers(model, tokenizer, heldout)
@@ -97,7 +98,8 @@ def run_demo(
     say(
         f"Speed      {seconds / len(result.steps):.2f} s a step, {trained_tokens / seconds:.0f} trained tokens a second"
     )
-    say(f"Peak       {peak_memory() / 1e9:.2f} GB of memory; {time.perf_counter() - began:.0f} s in all")
+    peak = peak_memory(max(record.peak_memory or 0 for record in result.steps))
+    say(f"Peak       {peak / 1e9:.2f} GB of memory; {time.perf_counter() - began:.0f} s in all")
     say(
         f"Saved      {result.adapter} (adapter, PEFT's format), loss.png, log.json, answers.json in {result.output_dir}"
     )

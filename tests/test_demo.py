@@ -122,7 +122,8 @@ def test_the_demo_from_end_to_end(tiny: Path, tmp_path: Path, quantize: str | No
     result = run_demo(str(tiny), quantize, torch.float32, "cpu", lora, config, said.append)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "adapter", "answers.json", "checkpoints", "config.json", "log.json", "log.jsonl", "loss.png"
+        "adapter", "answers.json", "checkpoints", "config.json", "log.json", "log.jsonl", "loss.png",
+        "memory.json",
     }  # fmt: skip
     assert result.training.finished and result.training.output_dir == out and result.training.adapter == out / "adapter"
 
@@ -163,7 +164,7 @@ def test_a_demo_that_is_stopped_says_so(tiny: Path, tmp_path: Path, monkeypatch:
     """By Ctrl-C: the result of training is not finished, so there are no answers after it."""
     from minift.train.loop import TrainResult
 
-    monkeypatch.setattr("minift.demo.train", lambda *_: TrainResult(output_dir=tmp_path))
+    monkeypatch.setattr("minift.demo.train", lambda *_, **__: TrainResult(output_dir=tmp_path))
     said: list[str] = []
     result = run_demo(str(tiny), None, torch.float32, "cpu", minift.LoraConfig(r=2), demo_config(tmp_path), said.append)
     assert not result.training.finished

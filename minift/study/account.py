@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from minift.adapters.inject import adapter_parameters, lora_layers
+from minift.adapters.lora import LoraLinear
 from minift.model.decoder import CausalLM
 from minift.model.layers import Block
+from minift.optim.adamw8bit import MIN_8BIT_SIZE
+from minift.optim.update8bit import BLOCK, WINDOW
 from minift.quant.config import INT8
 from minift.quant.linear import QuantizedLinear
 from minift.study.kept import (
     ACTIVATIONS,
+    ROW_PAIRS,
     SCORES,
     Kept,
     block_keeps,
@@ -24,6 +28,7 @@ from minift.study.kept import (
     norm_keeps,
     part_linears,
     rank,
+    times,
 )
 from minift.study.setting import Setting, symbols_of
 
@@ -32,11 +37,6 @@ CATEGORIES = (
 )  # fmt: skip
 BEFORE = ("weights", "adapters", "optimizer", "batch")
 PER_STEP = ("rotation", "mask")  # of the batch: made by the forward pass
-MIN_8BIT_SIZE, BLOCK, WINDOW = (
-    4096,
-    256,
-    1 << 20,
-)  # adamw8bit: smaller tensors keep fp32 state; each is padded to whole blocks
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,26 @@ class Account:
     """The model of a setting, and the entries of each moment."""
 
     def __init__(self, setting: Setting, model: CausalLM):
+        if isinstance(model.lm_head, LoraLinear):
+            raise ValueError("an adapter of the head is not predicted; leave lm_head out of the targets")
         self.setting, self.model, self.symbols = setting, model, symbols_of(setting)
         self.attention = setting.attention or ("eager" if setting.config.attention_softcap else "sdpa")
         self.blocks = [block for block in model.decoder.layers if isinstance(block, Block)]
         self.trained = [p for p in model.parameters() if p.requires_grad]
         flows, self.kept = model.decoder.embed_tokens.weight.requires_grad, []
         for block, window in zip(self.blocks, setting.config.windows, strict=True):
-            mask = "s s" if window is not None and setting.length > window else ""
-            self.kept.append(block_keeps(block, self.attention, flows, "b s s" if setting.packed else mask))
+            self.kept.append(block_keeps(block, self.attention, flows, self._mask(window), setting.shared is not None))
             flows = flows or any(p.requires_grad for p in block.parameters())
         self.fixed = self._fixed()
 
     def line(self, category: str, what: str, formula: str, count: int = 1) -> Line:
         return Line(category, what, count, formula, count * evaluate(formula, self.symbols))
+
+    def _mask(self, window: int | None) -> str:
+        """Elements of the mask of the layers with this window."""
+        if self.setting.packed or self.setting.shared:
+            return "b s s" if self.setting.packed else ""
+        return "s s" if window is not None and self.setting.length > window else ""
 
     @property
     def before(self) -> int:
@@ -154,13 +161,25 @@ class Account:
         if self.setting.optimizer == "adamw":
             return [self.line("optimizer", "m and v, fp32: 8 P", f"8 {sum(sizes)}")]
         small, large = _padded(sizes)
+        what = "m and v, 8 bits with scales: 2 P + 8 P / 256"
+        state = self.line("optimizer", what, f"2 {large} + 8 {large // BLOCK}")
+        pages = self.line("optimizer", "pages of m and v", str(min(self.setting.pages, state.bytes)))
+        on_host = [pages] if self.setting.device != "cpu" else [pages, state]
         return [
-            self.line("optimizer", "m and v, 8 bits with scales: 2 P + 8 P / 256", f"2 {large} + 8 {large // BLOCK}"),
+            *(on_host if self.setting.pages else [state]),
             self.line("optimizer", f"m and v of tensors below {MIN_8BIT_SIZE}, fp32: 8 P", f"8 {small}"),
         ]
 
     def _gradients(self, parameters: Sequence[Tensor]) -> list[Line]:
-        return [self.line("gradients", "in the dtype of the parameters", str(_bytes(parameters)))]
+        """Of these; of all, if there was a micro-batch before."""
+        there = self.trained if self.setting.accumulation > 1 else parameters
+        return [self.line("gradients", "in the dtype of the parameters", str(_bytes(there)))]
+
+    def _added(self, parameters: Sequence[Tensor]) -> list[Line]:
+        """A gradient that is added to that of an earlier micro-batch: the largest of these."""
+        if self.setting.accumulation == 1 or not parameters:
+            return []
+        return [self.line("temporaries", "a gradient that is added", str(max(_bytes([p]) for p in parameters)))]
 
     # --- what the forward pass keeps
 
@@ -202,10 +221,12 @@ class Account:
         pieces = symbols["c"] < symbols["m"]
         done = [self.line("temporaries", "gradient of the rows", "m w a")] * pieces
         logits = self.line("logits", "softmax, its gradient, theirs: fp32", f"12 c v{capped}")
-        moments = [Moment("softmax over the vocabulary", (*lines, *done, logits))]
+        before = self._gradients([])  # of earlier micro-batches
+        moments = [Moment("softmax over the vocabulary", (*lines, *before, *done, logits))]
         if needs_input(head):
             gradient = self._gradients([head.weight])
-            twice = [self.line("temporaries", "gradient of the head so far", "v w a")] * pieces
+            twice = [self.line("temporaries", "gradient of the head so far", "v w a")]
+            twice *= pieces or self.setting.accumulation > 1
             grads = (*gradient, *twice, self.line("logits", "gradient", "c v a"))
             moments.append(Moment("gradient of the head", (*lines, *done, *grads)))
         return moments
@@ -232,9 +253,10 @@ class Account:
         )
         return [
             Moment(f"backward pass of an MLP, block {index}",
-                   (*self.fixed, *self._gradients([*later, *down]), *lines, *at_mlp, rows, residual, inside)),
+                   (*self.fixed, *self._gradients([*later, *down]), *self._added(down), *lines, *at_mlp, rows,
+                    residual, inside)),
             Moment(f"backward pass of attention, block {index}",
-                   (*self.fixed, *self._gradients([*later, *mlp]), *lines, *at_attention, rows,
+                   (*self.fixed, *self._gradients([*later, *mlp]), *self._added(mlp), *lines, *at_attention, rows,
                     residual, *self._in_attention())),
         ]  # fmt: skip
 
@@ -249,11 +271,14 @@ class Account:
         return found
 
     def _in_attention(self) -> list[Line]:
+        shared = self.setting.shared is not None
         if self.attention != "eager":
-            return [self.line("temporaries", "gradients of q, k, v and the output", "2 n h e a + 2 n g e a")]
-        capped = " + 4 b h s s" if self.setting.config.attention_softcap else ""
+            size = "4 q t h e a + 2 q p h e a" if shared else "2 n h e a + 2 n g e a"
+            return [self.line("temporaries", "gradients of q, k, v and the output", size)]
+        pairs = ROW_PAIRS[shared][-2:]  # the prefix and the rows take turns
+        sizes = [times(pairs, "8", "h"), *([times(pairs, "4", "h")] if self.setting.config.attention_softcap else [])]
         return [
-            self.line(SCORES, "gradient of the probabilities, fp32, and a product", f"8 b h s s{capped}"),
+            self.line(SCORES, "gradient of the probabilities, fp32, and a product", " + ".join(sizes)),
             self.line("temporaries", "gradients of v and the output", "2 n h e a"),
         ]
 
@@ -279,15 +304,9 @@ class Account:
             size, what = f"8 {max(sizes)} + 4 {cast}", "of the largest tensor, fp32"
             own = [self.line("temporaries", what, size)]
         else:  # a GPU works in place
-            own = (
-                []
-                if self.setting.device != "cpu"
-                else [
-                    self.line(
-                        "scratch", "parameters and gradients of a window", f"8 {min(WINDOW, sum(_padded(sizes)))}"
-                    )
-                ]
-            )
+            window = f"8 {min(WINDOW, max(_padded(sizes)))}"
+            on_cpu = self.setting.device == "cpu"
+            own = [self.line("scratch", "parameters and gradients of a window", window)] * on_cpu
         lines = self._lasting()
         return Moment("update", (*lines, *self._gradients(self.trained), *own))
 

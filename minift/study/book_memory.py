@@ -13,7 +13,7 @@ draw a model of 360 M parameters in squares of 20 MB; `ram_figure` computes ever
 `catches` lists what does not hold, with both values. The heaviest: 34 is already a number of *bytes*, of 16-bit
 activations, so multiplying by p_comp counts them twice; and the logits are missing, which lead as soon as activations
 are computed again. `activation_bytes` is the same formula put right, with its constants measured from the book's own
-tables; `minift.study.ledger` counts tensor by tensor instead.
+tables (book_tables.py); `minift.study.ledger` counts tensor by tensor instead.
 
 Sources: D. Voigt Godoy, A Hands-On Guide to Fine-Tuning LLMs, chapter 5, figures CC BY 4.0; Reducing Activation
 Recomputation in Large Transformer Models, arXiv 2205.05198, for 34 and 5.
@@ -23,12 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minift.adapters.lora import LoraConfig
-from minift.model.config import ModelConfig
-from minift.study.ledger import predict
-from minift.study.setting import Setting
+from minift.study.book_tables import MB, ablation
 
-MB = 10**6
 SQUARE = 20 * MB
 PARAMETERS = 360 * 10**6  # of the model in the figures
 ALPHA, BETA = 34, 5
@@ -40,12 +36,7 @@ TECHNIQUES = {
     "mem_grad": ("LoRA", "gradient accumulation"),
     "mem_optim": ("LoRA", "8-bit paged optimizer", "gradient accumulation"),
 }
-OPT_350M = ModelConfig.from_dict({
-    "model_type": "opt", "vocab_size": 50272, "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "max_position_embeddings": 2048, "word_embed_proj_dim": 512,
-    "do_layer_norm_before": False,
-})  # fmt: skip
-OPT_PARAMETERS, OPT_IN_LINEARS = 331_196_416, 303_038_464
+OPT_PARAMETERS, OPT_IN_LINEARS = 331_196_416, 303_038_464  # of opt-350m, the model of the tables
 
 
 # --- the equations ----------------------------------------------------------------------------------------------------
@@ -154,48 +145,7 @@ def stack_bytes(parts: list[Part], choice: str = "weights FP16", eager: bool = T
     return sum(part.bytes for part in chosen if eager or part.name != "only if eager")
 
 
-# --- the tables, and what they say against the formulas ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A row of the book's tables: OPT-350M in 16 bits, one row of `tokens`, most allocated memory in MB."""
-
-    tokens: int
-    checkpointing: bool
-    lora: bool
-    eager: int
-    sdpa: int
-
-
-# With Adam and without accumulation for full fine-tuning; with LoRA all optimizers give the same.
-ABLATIONS = (
-    Ablation(500, False, False, 3441, 3435), Ablation(2000, False, False, 15071, 3737),
-    Ablation(500, False, True, 2066, 1287), Ablation(2000, False, True, 15266, 3109),
-    Ablation(500, True, False, 3387, 3386), Ablation(2000, True, False, 3532, 3537),
-    Ablation(500, True, True, 914, 914), Ablation(2000, True, True, 2059, 1603),
-)  # fmt: skip
-
-
-def ablation(tokens: int, checkpointing: bool, lora: bool) -> Ablation:
-    """The row with these settings."""
-    return next(r for r in ABLATIONS if (r.tokens, r.checkpointing, r.lora) == (tokens, checkpointing, lora))
-
-
-def predicted_ablations() -> list[tuple[Ablation, int, int]]:
-    """Each row, and what the ledger says of the same step *here*, in MB: eager and sdpa.
-
-    The programs differ. Here the head takes rows in pieces and only a few fp32 copies of logits; eager attention keeps
-    2 bytes a score, not 8; Adam's means are fp32, 8 bytes a parameter, where the book's run had 16-bit ones.
-    """
-
-    def peak(row: Ablation, attention: str) -> int:
-        lora = LoraConfig(r=8, target_modules=("q_proj", "v_proj")) if row.lora else None
-        setting = Setting(OPT_350M, 1, row.tokens, torch.bfloat16, None, lora, row.checkpointing, attention, "adamw",
-                          device="cuda")  # fmt: skip
-        return round(predict(setting).peak / MB)
-
-    return [(row, peak(row, "eager"), peak(row, "sdpa")) for row in ABLATIONS]
+# --- what the tables say against the formulas -------------------------------------------------------------------------
 
 
 def activation_bytes(

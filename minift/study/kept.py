@@ -18,10 +18,13 @@ printed is the one that was computed:
     b rows    s tokens a row    n = b s    d width    f MLP width    h query heads    g key/value heads    e head width
     v vocabulary    a bytes of a number (2 in bf16)    other numbers stand for themselves
 
+and, where rows share a prefix that is computed once (model/attention.py): p tokens of the prefix, q rows, t tokens of
+the longest rest of a row. Then n counts the prefix once; attention alone copies its keys and values to every row.
+
 Left out: dropout of the adapters' input in the selective way of checkpointing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -33,6 +36,9 @@ from minift.quant.linear import Linear8bit, QuantizedLinear
 
 SCORES = "attention scores"
 ACTIVATIONS = "activations"
+# Numbers of a table with a cell for each query and each key that it might see, by whether rows share a prefix.
+PAIRS = {False: ("s s",), True: ("p p", "t p", "t t")}
+ROW_PAIRS = {False: ("b s s",), True: ("p p", "q t p", "q t t")}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ def evaluate(formula: str, symbols: Mapping[str, int]) -> int:
     """The value of "2 n f a + 4 n"."""
     factors = (term.split() for term in formula.split(" + "))
     return sum(prod(symbols[f] if f in symbols else int(f) for f in term) for term in factors)
+
+
+def times(formulas: Iterable[str], *factors: str) -> str:
+    """The sum of the formulas, each multiplied by all factors."""
+    return " + ".join(" ".join((formula, *factors)) for formula in formulas)
 
 
 def needs_input(linear: nn.Module) -> bool:
@@ -91,7 +102,7 @@ def part_linears(block: Block) -> dict[str, list[nn.Module]]:
     return {"attention": [*first, attention.o_proj], "mlp": [*up, mlp.down_proj]}
 
 
-def block_keeps(block: Block, attention: str, flows: bool, mask: str = "") -> list[Kept]:
+def block_keeps(block: Block, attention: str, flows: bool, mask: str = "", shared: bool = False) -> list[Kept]:
     """What a block keeps without checkpointing.
 
     Args:
@@ -99,10 +110,11 @@ def block_keeps(block: Block, attention: str, flows: bool, mask: str = "") -> li
         attention: "eager", "sdpa" or "flash".
         flows: whether a gradient must reach the block's input; not before the first trained layer.
         mask: elements of the mask where documents or a window limit what is seen, "b s s" or "s s"; "": no limit.
+        shared: rows share a prefix.
     """
     parts = part_linears(block)
     reaches = flows or any(map(_is_trained, parts["attention"]))
-    kept = _attention_keeps(block, parts["attention"], attention, flows, mask)
+    kept = _attention_keeps(block, parts["attention"], attention, flows, mask, shared)
     if reaches or any(map(_is_trained, parts["mlp"])):
         kept += _mlp_keeps(block, parts["mlp"], reaches)
     for part, linears in parts.items():
@@ -112,7 +124,9 @@ def block_keeps(block: Block, attention: str, flows: bool, mask: str = "") -> li
     return kept
 
 
-def _attention_keeps(block: Block, linears: list[nn.Module], attention: str, flows: bool, mask: str) -> list[Kept]:
+def _attention_keeps(
+    block: Block, linears: list[nn.Module], attention: str, flows: bool, mask: str, shared: bool
+) -> list[Kept]:
     config = block.config
     *first, last = linears
     kept = norm_keeps("attention", block.attention_norm, "n", "d", flows, "input") if not config.norm_sum else []
@@ -120,17 +134,8 @@ def _attention_keeps(block: Block, linears: list[nn.Module], attention: str, flo
         kept.append(Kept("attention", "input of q, k, v", "n d a", role="input" if config.norm_sum else ""))
     inside = flows or any(map(_is_trained, first))
     if inside:
-        kept += _qkv_keeps(block, attention, mask)
-        if attention == "eager":
-            kept.append(Kept("attention", "probabilities", "b h s s a", SCORES))
-            if config.attention_softcap:
-                kept.append(Kept("attention", "scores before the cap", "b h s s a", SCORES))
-            if not mask:
-                kept.append(Kept("attention", "mask", "s s", SCORES, "graph"))
-        else:
-            kept.append(Kept("attention", "sums of the softmax", "4 n h", SCORES))
-        if attention == "sdpa" and mask:  # PyTorch makes numbers of it, anew in every layer
-            kept.append(Kept("attention", "mask as numbers", f"{mask} a", SCORES))
+        kept += [*_qkv_keeps(block, attention, mask), *(_copies(block, attention) if shared else [])]
+        kept += _score_keeps(block, attention, mask, shared)
     if needs_input(last) or (inside and attention != "eager"):
         kept.append(Kept("attention", "attention output", "n h e a"))
     reaches = inside or _is_trained(last)
@@ -138,6 +143,34 @@ def _attention_keeps(block: Block, linears: list[nn.Module], attention: str, flo
         kept += norm_keeps("attention", block.attention_out_norm, "n", "d", reaches)
     if config.norm_sum:
         kept += norm_keeps("attention", block.attention_norm, "n", "d", reaches)
+    return kept
+
+
+def _score_keeps(block: Block, attention: str, mask: str, shared: bool) -> list[Kept]:
+    """What attention makes of queries and keys."""
+    kept = []
+    if attention == "eager":
+        scores = times(ROW_PAIRS[shared], "h a")
+        kept.append(Kept("attention", "probabilities", scores, SCORES))
+        if block.config.attention_softcap:
+            kept.append(Kept("attention", "scores before the cap", scores, SCORES))
+        if not mask:
+            kept.append(Kept("attention", "mask", " + ".join(PAIRS[shared]), SCORES, "graph"))
+    else:
+        queries = "4 p h + 4 q t h" if shared else "4 n h"
+        kept.append(Kept("attention", "sums of the softmax", queries, SCORES))
+    if attention == "sdpa" and (mask or shared):  # PyTorch makes numbers of it, anew in every layer
+        kept.append(Kept("attention", "mask as numbers", f"{mask} a" if mask else "t p a + t t a", SCORES))
+    return kept
+
+
+def _copies(block: Block, attention: str) -> list[Kept]:
+    """What each row has of its own where the prefix is shared: padded queries, and keys and values behind the prefix's.
+    sdpa takes a mask here, and so keys and values for every query head. Fused attention keeps its results, too."""
+    heads = "h" if attention == "sdpa" else "g"
+    kept = [Kept("attention", "q, k and v of each row", f"q t h e a + 2 q p {heads} e a + 2 q t {heads} e a")]
+    if attention != "eager":
+        kept.append(Kept("attention", "output for each row", "p h e a + q t h e a"))
     return kept
 
 

@@ -33,7 +33,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from minift.adapters.lora import LoraConfig
 from minift.model.decoder import CausalLM
+from minift.quant.config import QuantConfig
 from minift.study.account import CATEGORIES, Account, Moment
 from minift.study.setting import Setting, build
 
@@ -71,6 +73,16 @@ class Ledger:
         return self.at_peak.categories()
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by category of what a step makes, each when there is most of it. Their sum is more than the peak, where
+        not all of them are there."""
+        most = {name: max(moment.categories()[name] for moment in self.moments) for name in CATEGORIES}
+        lasting = {name: most[name] for name in ("weights", "adapters", "optimizer")}
+        batch = self.before - sum(lasting.values())  # without what the forward pass makes of it
+        return {**lasting, "batch": batch, "gradients": most["gradients"],
+                "kept activations": self.kept - self.before, "logits": most["logits"]}  # fmt: skip
+
+    @property
     def peak_of_tensors(self) -> int:
         """The peak without scratch inside operators: what can be seen on a CPU, where scratch is kept for good."""
         return max(moment.total - moment.categories()["scratch"] for moment in self.moments)
@@ -96,10 +108,11 @@ def predict(setting: Setting) -> Ledger:
     Raises:
         ValueError: a LoRA target that no layer has, nothing to quantize, or sdpa for a model that caps its scores.
     """
-    return _predict(setting, build(setting))
+    return predict_for(setting, build(setting))
 
 
-def _predict(setting: Setting, model: CausalLM) -> Ledger:
+def predict_for(setting: Setting, model: CausalLM) -> Ledger:
+    """The same for a model that is there already, on any device."""
     account = Account(setting, model)
     return Ledger(setting, account.symbols, tuple(account.moments()), account.before, account.after_forward)
 
@@ -120,7 +133,7 @@ def largest(setting: Setting, budget: int, what: str = "batch") -> int:
     model = build(setting)  # the same for all sizes
 
     def peak(size: int) -> int:
-        return _predict(sized(size), model).peak
+        return predict_for(sized(size), model).peak
 
     def sized(size: int) -> Setting:
         return replace(setting, trained=None, **{what: size})
@@ -130,7 +143,7 @@ def largest(setting: Setting, budget: int, what: str = "batch") -> int:
     if size < low:
         raise MemoryError(
             f"a {what} of {low} takes {_megabytes(peak(low))}, more than {_megabytes(budget)}: "
-            f"{'; '.join(advice(sized(low)))}"
+            f"{'; '.join(map(str, advice(sized(low)))) or 'choose a smaller model'}"
         )
     return size
 
@@ -159,23 +172,49 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
-def advice(setting: Setting) -> list[str]:
-    """What to change so that less memory is needed, the most helpful first; three at most."""
-    changes = [
-        (setting.lora is None, "train adapters instead of all parameters (--rank)"),
-        (setting.quantize is None, "store the weights in 4 bits (--quantize nf4)"),
-        (setting.checkpointing is not True, "compute activations again (--checkpointing on)"),
-        (setting.dtype == torch.float32, "compute in 16 bits (--dtype bfloat16)"),
-        (
-            setting.attention == "eager" and not setting.config.attention_softcap,
-            "store no scores (--attention sdpa)",
-        ),
-        (setting.batch > 1, f"take fewer rows at a time (--batch {setting.batch // 2}) and accumulate gradients"),
-        (True, f"cut rows shorter (--length {max(2, setting.length // 2)})"),
-        (True, "choose a smaller model (--model)"),
-        (True, "use a larger machine"),
-    ]
-    return [text for applies, text in changes if applies][:3]
+@dataclass(frozen=True)
+class Change:
+    """Something to change in a setting, in words, and the bytes that the peak then is less by, as predicted."""
+
+    what: str
+    saves: int
+
+    def __str__(self) -> str:
+        return f"{self.what}, saves {_megabytes(self.saves)}"
+
+
+def advice(setting: Setting, model: CausalLM | None = None) -> list[Change]:
+    """What to change so that less memory is needed, the most helpful first; three at most.
+
+    Args:
+        model: of the setting, if there is one already.
+    """
+    peak = (predict_for(setting, model) if model else predict(setting)).peak
+    saved = [Change(what, peak - predict(changed).peak) for what, changed in _changes(setting).items()]
+    return sorted((change for change in saved if change.saves > 0), key=lambda change: -change.saves)[:3]
+
+
+def _changes(setting: Setting) -> dict[str, Setting]:
+    """Every setting that may need less memory, by what it changes."""
+    tokens = (setting.shared[0] + max(setting.shared[1])) if setting.shared else setting.length
+    fewer = setting.halved("rows")
+    if fewer is not setting:
+        fewer = replace(fewer, accumulation=max(2, setting.accumulation))
+    changes = {
+        "compute activations again (gradient checkpointing)": replace(setting, checkpointing=True),
+        f"{fewer.rows} rows at a time instead of {setting.rows}, and more accumulation": fewer,
+        f"rows of {max(2, tokens // 2)} tokens instead of {tokens}": setting.halved("length"),
+        "8-bit optimizer state (adamw8bit)": replace(setting, optimizer="adamw8bit"),
+    }
+    if setting.lora is None:
+        changes["train adapters instead of all parameters (LoRA)"] = replace(setting, lora=LoraConfig())
+    elif setting.quantize is None:
+        changes["weights in 4 bits (quantize nf4)"] = replace(setting, quantize=QuantConfig())
+    if setting.dtype == torch.float32:
+        changes["compute in 16 bits (dtype bfloat16)"] = replace(setting, dtype=torch.bfloat16)
+    if setting.attention == "eager" and not setting.config.attention_softcap:
+        changes["store no scores (attention sdpa)"] = replace(setting, attention="sdpa")
+    return changes
 
 
 def find_batch_size(try_step: Callable[[int], object], start: int) -> int:

@@ -10,8 +10,6 @@ are given here.
 """
 
 import re
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minift.adapters.folder import WEIGHTS, read_adapter_weights
-from minift.adapters.lora_files import read_adapter_config
+from minift.adapters.folder import WEIGHTS, read_adapter_weights, read_content
 from minift.model.load import build_model
 from minift.quant.config import QuantConfig
 from minift.quant.linear import Linear8bit, QuantizedLinear
+from minift.train.watch import process_peak
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def module_table(model: nn.Module) -> list[ModuleRow]:
 
 
 def adapter_table(folder: Path) -> list[ModuleRow]:
-    """A row for every matrix of a saved LoRA adapter. They are cast to the dtype of the layer's input when used."""
-    read_adapter_config(folder)
+    """A row for every tensor of a saved adapter. They are cast to the dtype of the layer's input when used."""
+    read_content(folder)  # refuses what is no adapter
     return [
         ModuleRow(key, 1, tuple(t.shape), name_of(t.dtype), "of the input", nbytes(t), t.numel())
         for key, t in read_adapter_weights(folder).items()
@@ -138,11 +136,14 @@ def format_table(rows: list[ModuleRow]) -> str:
     return "\n".join(lines)
 
 
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes: resident memory, plus the GPU's where one is used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    host = peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+def peak_memory(in_steps: int = 0) -> int:
+    """The most memory this process has held so far, in bytes: resident memory, plus the GPU's where one is used.
+
+    Args:
+        in_steps: the largest `peak_memory` of the records of a run: every step starts the GPU's count again.
+    """
+    gpu = max(in_steps, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+    return process_peak() + gpu
 
 
 def name_of(dtype: torch.dtype) -> str:

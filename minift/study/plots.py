@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from minift.atomic import atomic_file
-from minift.study.book_memory import FIGURES, MB, predicted_ablations, ram_figure
+from minift.study.book_memory import FIGURES, ram_figure
+from minift.study.book_tables import ABLATIONS, INT8_ABLATIONS, MB, predicted_ablations
 from minift.study.ledger import Ledger
+from minift.study.methods import MethodRow
 from minift.study.rounding import DECIMALS, Run
 from minift.train.loop import StepRecord
 
@@ -69,18 +71,20 @@ def ram_figures(path: str | Path) -> Path:
 
 def ablation_bars(path: str | Path) -> Path:
     """Draw the book's measurements of OPT-350M beside the prediction for the same step here."""
-    rows = predicted_ablations()
-    figure = _figure(WIDTH, 6)
-    for axes, attention, which in zip(figure.subplots(2, sharex=True), ("eager", "sdpa"), (1, 2), strict=True):
-        labels = [f"{row.tokens}, {'LoRA' if row.lora else 'full'}{', ckpt' * row.checkpointing}" for row, *_ in rows]
-        places = range(len(rows))
-        book = [getattr(row[0], attention) for row in rows]
-        axes.bar([x - 0.2 for x in places], book, 0.4, color=BLUE, label="measured in the book")
-        axes.bar([x + 0.2 for x in places], [row[which] for row in rows], 0.4, color=ORANGE, hatch="//",
-                 label="predicted here")  # fmt: skip
-        axes.set(ylabel="MB", title=f"OPT-350M, one row, {attention} attention", xticks=list(places))
-        axes.set_xticklabels(labels, rotation=30, ha="right")
-        axes.legend()
+    tables = (predicted_ablations(ABLATIONS), "16 bits"), (predicted_ablations(INT8_ABLATIONS), "8 bits, LoRA")
+    figure = _figure(WIDTH, 8)
+    grid = figure.subplots(2, 2, width_ratios=[len(rows) for rows, _ in tables])
+    for attention, line in zip(("eager", "sdpa"), grid, strict=True):
+        for (rows, weights), axes in zip(tables, line, strict=True):
+            places = range(len(rows))
+            book = [getattr(row, attention) for row, _ in rows]
+            axes.bar([x - 0.2 for x in places], book, 0.4, color=BLUE, label="measured in the book")
+            axes.bar([x + 0.2 for x in places], [here[attention] for _, here in rows], 0.4, color=ORANGE, hatch="//",
+                     label="predicted here")  # fmt: skip
+            axes.set(ylabel="MB", title=f"{weights}, {attention}", xticks=list(places))
+            axes.set_xticklabels([row.label for row, _ in rows], rotation=45, ha="right", fontsize="small")
+    figure.suptitle("OPT-350M, one row: tokens, what is trained, how; by attention")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return _save(figure, path)
 
 
@@ -145,32 +149,60 @@ def _save(figure: Any, path: str | Path) -> Path:
 
 
 def run_curves(steps: Sequence[StepRecord], path: str | Path, title: str = "Training run") -> Path:
-    """Draw loss (with evaluations), learning rate, gradient norm and seconds over the steps into one PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw loss (with evaluations), learning rate, gradient norm, seconds and memory over the steps into one PNG file.
 
+    Memory is left out if no record has it. Of a run on a CPU it is the most that the process has held so far, so it
+    never falls.
+    """
     if not steps:
         raise ValueError("nothing to draw: the run has no steps")
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10, 6)
     figure.suptitle(title)
-    numbers = [record.step for record in steps]
-    panels = [
-        ("mean loss a trained token (nats)", [record.loss for record in steps]),
-        ("learning rate", [record.lr for record in steps]),
-        ("gradient norm before clipping", [record.grad_norm for record in steps]),
-        ("seconds a step", [record.seconds for record in steps]),
-    ]
-    for axes, (name, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        axes.plot(numbers, values, color=BLUE, marker="o", markersize=2, label="training")
+    panels = {
+        "mean loss a trained token (nats)": [(record.step, record.loss) for record in steps],
+        "learning rate": [(record.step, record.lr) for record in steps],
+        "gradient norm before clipping": [(record.step, record.grad_norm) for record in steps],
+        "seconds a step": [(record.step, record.seconds) for record in steps],
+        "most memory held (MB)": [(r.step, r.peak_memory / MB) for r in steps if r.peak_memory is not None],
+    }
+    panels = {name: points for name, points in panels.items() if points}
+    places = figure.subplots(2, -(-len(panels) // 2)).flat
+    for (name, points), axes in zip(panels.items(), places, strict=False):
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=2, label="training")
         axes.set(xlabel="optimizer step", ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
+    for axes in list(places):
+        axes.remove()
     looks = [(record.step, record.eval_loss) for record in steps if record.eval_loss is not None]
     if looks:
         shown = [step for step, _ in looks], [loss for _, loss in looks]
         figure.axes[0].plot(*shown, color=ORANGE, marker="s", linestyle="--", label="evaluation")
         figure.axes[0].legend(loc="upper right")
-    path = Path(path)
-    with atomic_file(path) as place:
-        figure.savefig(place, format="png", dpi=150)
-    return path
+    return _save(figure, path)
+
+
+def methods_plot(rows: Sequence[MethodRow], path: str | Path) -> Path:
+    """Draw the comparison of methods into a PNG file: trained parameters, memory, time and loss, a bar for each."""
+    if not rows:
+        raise ValueError("nothing to draw: no method was compared")
+    panels = (
+        ("trained parameters", [row.trained for row in rows], BLUE),
+        ("peak of a step (MB)", [row.peak / 1e6 for row in rows], ORANGE),
+        ("seconds a step", [row.seconds for row in rows], GREEN),
+        ("loss after (line: before)", [row.loss_after for row in rows], VERMILION),
+    )
+    figure = _figure(12, 1.5 + 0.32 * len(rows))
+    for axes, (title, values, color) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        bars = axes.barh([row.method for row in rows], values, color=color)
+        labels = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in values]
+        if title.startswith("loss"):  # within the bars: most of these end near the line
+            axes.bar_label(bars, labels, label_type="center", color="white")
+            axes.axvline(rows[0].loss_before, color="black", linestyle="--")
+        else:
+            axes.bar_label(bars, labels, padding=2)
+        axes.set(title=title)
+        axes.margins(x=0.45)
+        if title.startswith("trained"):
+            axes.set_xscale("log")
+    axes.invert_yaxis()
+    return _save(figure, path)

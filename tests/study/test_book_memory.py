@@ -12,16 +12,12 @@ from hypothesis import strategies as st
 
 from minift.model.decoder import CausalLM
 from minift.study.book_memory import (
-    ABLATIONS,
     FIGURES,
-    MB,
-    OPT_350M,
     OPT_IN_LINEARS,
     OPT_PARAMETERS,
     PARAMETERS,
     SQUARE,
     TECHNIQUES,
-    ablation,
     activation_bytes,
     activation_count,
     activation_ratio,
@@ -29,11 +25,19 @@ from minift.study.book_memory import (
     effective_batch,
     format_catches,
     model_count,
-    predicted_ablations,
     ram_figure,
     stack_bytes,
     total,
     worked_example,
+)
+from minift.study.book_tables import (
+    ABLATIONS,
+    FALCON_7B,
+    INT8_ABLATIONS,
+    MB,
+    OPT_350M,
+    ablation,
+    predicted_ablations,
 )
 
 # --- the equations ----------------------------------------------------------------------------------------------------
@@ -167,14 +171,71 @@ def test_the_formula_put_right_gives_the_tables():
             assert found / MB == pytest.approx(measured, rel=0.05)
 
 
+# Read off the tables once more, as text, by another road than the tuples of the module.
+PRINTED = """
+16 500  no  no  adam  3441 3435 3435
+16 2000 no  no  adam  15071 3737 3742
+16 500  no  no  small 2011 1552 1552
+16 2000 no  no  small 15071 2908 2807
+16 500  no  yes adam  2066 1287 1287
+16 2000 no  yes adam  15266 3109 3108
+16 500  yes no  adam  3387 3386 3386
+16 2000 yes no  adam  3532 3537 3538
+16 500  yes no  small 1503 1502 1502
+16 2000 yes no  small 2589 1667 1657
+16 500  yes yes adam  914 914 913
+16 2000 yes yes adam  2059 1603 1595
+8  2000 no  yes fp32  17744 5544 5544
+8  2000 no  yes mixed 20491 5294 5193
+8  500  no  yes fp32  2518 1717 1715
+8  500  no  yes mixed 2670 1692 1668
+8  2000 yes yes fp32  2501 2294 2275
+8  2000 yes yes mixed 2481 2144 2126
+8  500  yes yes fp32  903 904 903
+8  500  yes yes mixed 906 906 905
+"""
+
+
+def test_book_tables_5_2_to_5_5():
+    found = [
+        (8 if row.int8 else 16, row.tokens, row.checkpointing, row.lora,
+         ("mixed" if row.mixed else "fp32") if row.int8 else "small" if row.small_state else "adam",
+         row.eager, row.sdpa, row.flash)
+        for row in (*ABLATIONS, *INT8_ABLATIONS)
+    ]  # fmt: skip
+    printed = []
+    for line in PRINTED.split("\n")[1:-1]:
+        bits, tokens, again, lora, kind, *measured = line.split()
+        printed.append((int(bits), int(tokens), again == "yes", lora == "yes", kind, *map(int, measured)))
+    assert found == printed
+    assert len({row.label for row in (*ABLATIONS, *INT8_ABLATIONS)}) == 20
+    assert [FALCON_7B[2000, False, mixed] for mixed in (False, True)] == [None, None]
+    assert sum(size for sizes in FALCON_7B.values() if sizes for size in sizes) == (
+        15050 + 12483 + 13957 + 12824 + 2 * (12280 + 11511) + 4 * 10369
+    )
+    assert len(FALCON_7B) == 8
+
+
 def test_the_ledger_beside_the_tables():
     """Where the two programs do the same (fused attention, LoRA, every activation kept) they agree within 6 %. Eager
     attention here keeps 2 bytes a score, and a mask of 1/16 of a byte; it does not keep its output, as fused attention
     does: 2 x 1024 bytes a token, 0.06 a score of 2000 tokens and 16 heads."""
-    rows = {(row.tokens, row.checkpointing, row.lora): (row, eager, sdpa) for row, eager, sdpa in predicted_ablations()}
-    assert len(rows) == len(ABLATIONS) == 8
+    rows = {(row.tokens, row.checkpointing, row.lora, row.small_state): (row, here) for row, here in
+            predicted_ablations()}  # fmt: skip
+    assert len(rows) == len(ABLATIONS) == 12
     for tokens in (500, 2000):
-        row, eager, sdpa = rows[tokens, False, True]
-        assert sdpa == pytest.approx(row.sdpa, rel=0.06)
-        assert sdpa < eager < row.eager
-    assert (eager - sdpa) * MB / (24 * 16 * 2000**2) == pytest.approx(2 + 1 / 16 - 0.064, abs=0.01)
+        row, here = rows[tokens, False, True, False]
+        assert here["sdpa"] == pytest.approx(row.sdpa, rel=0.06)
+        assert here["flash"] == here["sdpa"] < here["eager"] < row.eager
+    assert (here["eager"] - here["sdpa"]) * MB / (24 * 16 * 2000**2) == pytest.approx(2 + 1 / 16 - 0.064, abs=0.01)
+    # 8-bit states, fp32 ones: 6 bytes of each trained parameter less, where the rest is the same.
+    saved = rows[2000, False, False, False][1]["sdpa"] - rows[2000, False, False, True][1]["sdpa"]
+    assert saved * MB == pytest.approx((6 - 8 / 256) * OPT_PARAMETERS, rel=0.01)
+
+
+def test_the_ledger_beside_the_table_of_8_bits():
+    """Every step takes less here, and not a fraction of it that could only be a mistake."""
+    rows = predicted_ablations(INT8_ABLATIONS)
+    assert len(rows) == 8
+    for row, here in rows:
+        assert 0.2 * row.eager < here["eager"] < row.eager and 0.4 * row.sdpa < here["sdpa"] < row.sdpa

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minift.adapters.inject import add_lora
 from minift.adapters.lora import LoraConfig
-from minift.data.collate import Batch
+from minift.data.collate import Batch, share_prefix
 from minift.model.attention import Visible
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
@@ -40,9 +40,11 @@ from minift.study.ledger import (
     largest,
     parse_bytes,
     predict,
+    predict_for,
 )
-from minift.study.measure import Measured, held_bytes, measure_step
-from minift.study.setting import Setting, symbols_of
+from minift.study.measure import Measured, held_bytes, held_parts, measure_step
+from minift.study.setting import Setting, setting_of_batch, symbols_of
+from minift.train.config import TrainConfig
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LORA = LoraConfig(r=8)
@@ -151,6 +153,96 @@ def test_dropout_is_counted():
     dropped = Setting(SMALL, 4, 128, FP32, None, LoraConfig(r=8, dropout=0.1))
     assert_close(dropped, kept=0.05, peak=0.1)
     assert predict(dropped).kept > 1.2 * predict(replace(dropped, lora=LORA)).kept
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_gradients_of_earlier_micro_batches_are_there(lora: LoraConfig | None, checkpointing: Any):
+    """2 %: sums of a norm's gradient are not predicted. One micro-batch alone would take less by all gradients."""
+    setting = Setting(SMALL, 2, 64, FP32, None, lora, checkpointing, "sdpa", "adamw", accumulation=3)
+    ledger, model = predict(setting), make(setting)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    found = measure_step(model, [make_batch(setting) for _ in range(3)], optimizer, checkpointing)
+    two_more = 2 * (4 * 8 * 2 * 64)  # ids, labels, positions, documents of 2 x 64 tokens
+    assert ledger.before + 2 * 4 * 8 * 2 * 64 == found.before and two_more < 0.02 * found.peak
+    assert ledger.peak_of_tensors + 2 * 4 * 8 * 2 * 64 == pytest.approx(found.peak, rel=0.02)
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    assert ledger.moments[0].categories()["gradients"] == trained
+
+
+def shared_rows(prefix: int, rows: tuple[int, ...]) -> Batch:
+    """Right-padded rows that begin alike, laid out as training does."""
+    length = prefix + max(rows)
+    ids = torch.randint(3, 300, (len(rows), length))
+    ids[:, :prefix], ids[:, prefix] = ids[0, :prefix].clone(), torch.arange(len(rows)) + 3
+    documents = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        documents[number, prefix + row :] = -1
+    labels = ids.masked_fill(documents < 0, -100)
+    labels[:, : prefix + 1] = -100
+    batch = share_prefix(Batch(ids, labels, torch.arange(length).repeat(len(rows), 1), documents))
+    assert batch.shared_prefix == (prefix, rows)
+    return batch
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash"])
+@pytest.mark.parametrize("rows", [(100, 60, 90, 95), (200, 20, 150)])
+def test_a_shared_prefix(rows: tuple[int, ...], attention: str, checkpointing: str):
+    """3 %: small tensors of `after_prefix` while it lays out rows are not predicted."""
+    batch = shared_rows(150, rows)
+    model = make(Setting(SMALL, 1, 150 + sum(rows), FP32, None, LORA, attention=attention))
+    settings = TrainConfig(optimizer="adamw", gradient_checkpointing=checkpointing)
+    setting = setting_of_batch(model, batch, settings)
+    assert setting.shared == (150, rows) and setting.attention == attention and setting.rows == len(rows)
+    ledger = predict_for(setting, model)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    found = measure_step(model, [batch], optimizer, checkpointing == "on")
+    assert ledger.before == found.before
+    assert ledger.kept == pytest.approx(found.kept, rel=0.005)
+    assert ledger.peak_of_tensors == pytest.approx(found.peak, rel=0.03)
+
+
+def test_the_setting_of_a_step_is_read_off_the_model():
+    for name, other in OTHERS.items():
+        if other.attention == "flash" or other.trained:
+            continue
+        batch = make_batch(other)
+        settings = TrainConfig(optimizer=other.optimizer, gradient_checkpointing=other.checkpointing)  # pyright: ignore[reportArgumentType]
+        found = setting_of_batch(make(other), batch, settings)
+        expected = replace(other, attention=found.attention, trained=other.batch * (other.length - 1))
+        assert replace(found, lora=other.lora) == expected, name
+        assert predict(found).peak == predict(expected).peak
+
+
+def test_paged_states_are_counted_where_they_are():
+    """On a GPU only the pages; on a CPU, where the mechanism can be studied, pages and state."""
+    whole = Setting(WIDE, 1, 16, FP32, device="cuda")
+    paged = replace(whole, pages=300_000)
+    small = predict(whole).categories["optimizer"] - 2 * eight_bit(WIDE) - 8 * eight_bit(WIDE) // 256
+    assert predict(paged).categories["optimizer"] == 300_000 + small
+    assert predict(replace(paged, pages=10**9)).categories["optimizer"] == predict(whole).categories["optimizer"]
+    assert predict(replace(paged, device="cpu")).categories["optimizer"] == (
+        predict(whole).categories["optimizer"] + 300_000
+    )
+
+
+def eight_bit(shape: ModelConfig) -> int:
+    """Parameters with 8-bit state: all matrices of this model, each of whole blocks."""
+    with torch.device("meta"):
+        sizes = [p.numel() for p in CausalLM(shape).parameters()]
+    assert all(size % 256 == 0 for size in sizes)
+    return sum(size for size in sizes if size >= 4096)
+
+
+def test_magnitudes_of_dora_are_no_weights():
+    model = make(Setting(SMALL, lora=LORA))
+    plain = held_parts(model, [], AdamW([torch.zeros(1, requires_grad=True)]))
+    model = make(Setting(SMALL))
+    add_lora(model, replace(LORA, use_dora=True))
+    found = held_parts(model, [], AdamW([torch.zeros(1, requires_grad=True)]))
+    outputs = 4 * (128 + 64 + 64 + 128 + 352 + 352 + 128)  # of the seven layers in each of four blocks, one number each
+    assert found["weights"] == plain["weights"] and found["adapters"] == plain["adapters"] + 4 * outputs
 
 
 FAMILY_SHAPES = {
@@ -318,7 +410,7 @@ def test_the_largest_fits_and_the_next_does_not(budget: int, what: str, again: b
 
 
 def test_nothing_fits():
-    with pytest.raises(MemoryError, match=r"a batch of 1 takes .* MB, more than 0.10 MB: .*--rank.*--quantize.*;.*"):
+    with pytest.raises(MemoryError, match=r"a batch of 1 takes .* MB, more than 0.10 MB: .*saves .* MB; .*saves .* MB"):
         largest(Setting(SMALL), 100_000)
     assert "no batch fits" in format_fit(Setting(SMALL), 100_000) and "no length" in format_fit(Setting(SMALL), 100_000)
     assert "largest batch" in format_fit(Setting(SMALL), 10**9)
@@ -326,12 +418,42 @@ def test_nothing_fits():
         largest(Setting(SMALL), 10**9, "rank")
 
 
-@pytest.mark.parametrize("setting", OTHERS.values(), ids=OTHERS.keys())
-def test_three_things_to_change_which_are_not_done_already(setting: Setting):
+# What each piece of advice stands for, as the fields of the setting that it changes.
+MEANT: dict[str, dict[str, Any]] = {
+    "gradient checkpointing": {"checkpointing": True}, "adamw8bit": {"optimizer": "adamw8bit"},
+    "LoRA": {"lora": LoraConfig()}, "nf4": {"quantize": QuantConfig()}, "bfloat16": {"dtype": BF16},
+    "sdpa": {"attention": "sdpa"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_three_things_to_change_and_what_each_saves(name: str):
+    """Each saves what it says, computed by making the change here; the largest come first, none is done already."""
+    setting = OTHERS[name]
     found = advice(setting)
-    assert len(found) == len(set(found)) == 3
-    assert any("--rank" in text for text in found) == (setting.lora is None)
-    assert any("nf4" in text for text in found) == (setting.quantize is None)
+    assert 2 <= len(found) <= 3 and [x.saves for x in found] == sorted((x.saves for x in found), reverse=True)
+    for change in found:
+        (changes,) = [meant for word, meant in MEANT.items() if word in change.what] or [{}]
+        if "rows at a time" in change.what:
+            changes = {"batch": setting.batch // 2, "accumulation": 2}
+            assert f"{setting.batch // 2} rows at a time instead of {setting.batch}," in change.what
+        elif "tokens instead of" in change.what:
+            changes = {"length": setting.length // 2}
+            assert f"rows of {setting.length // 2} tokens instead of {setting.length}" in change.what
+        if changes.keys() & {"batch", "length"} and setting.trained:
+            changes |= {"trained": setting.trained // 2}
+        assert changes and any(getattr(setting, key) != value for key, value in changes.items())
+        assert change.saves == predict(setting).peak - predict(replace(setting, **changes)).peak > 0
+        assert str(change).endswith(f"saves {change.saves / 1e6:,.2f} MB")
+
+
+def test_the_best_advice_is_what_fills_memory():
+    """Parameters and their optimizer state, scores, activations: each setting is made of one of them."""
+    state = Setting(WIDE, 1, 16, optimizer="adamw")
+    scores = Setting(config(hidden_size=64), 1, 1024, FP32, None, LORA, attention="eager")
+    layers = Setting(config(num_hidden_layers=12), 4, 256, BF16, None, LORA)
+    assert ["LoRA" in advice(state)[0].what, "sdpa" in advice(scores)[0].what or "checkp" in advice(scores)[0].what,
+            "checkp" in advice(layers)[0].what] == [True, True, True]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -404,6 +526,8 @@ def test_other_errors_pass_through():
         ({"trained": 10**6}, "1 to 511"),
         ({"trained": 0}, "1 to 511"),
         ({"lora": LoraConfig(use_dora=True)}, "DoRA"),
+        ({"accumulation": 0}, "at least 1 micro-batch"),
+        ({"shared": (10, (2, 3))}, "1 row of that many tokens"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], words: str):
@@ -429,7 +553,13 @@ def test_measuring():
     measured = measure(setting)
     assert measured.before < measured.kept < measured.peak
     table = measured.beside(predict(setting)).splitlines()
-    assert [line[:4] for line in table[1:]] == ["held", "kept", "peak"]
-    assert [float(line.split()[-1]) for line in table[1:]] == pytest.approx([1, 1, 1], abs=0.03)
+    names = ["weights", "adapters", "optimizer", "batch", "gradients", "kept activations", "logits"]
+    assert [line[:26].strip() for line in table[1:8]] == names and table[7].endswith(" MB")
+    assert [line[:4] for line in table[8:]] == ["held", "kept", "peak"]
+    compared = [line for line in table[1:] if not line.startswith("logits")]
+    assert [float(line.split()[-1]) for line in compared] == pytest.approx([1] * 9, abs=0.03)
+    assert sum(measured.parts.values()) > measured.kept and measured.parts["optimizer"] == 8 * sum(
+        p.numel() for p in make(setting).parameters() if p.requires_grad
+    )
     with pytest.raises(ValueError, match="at least 1"):
         measure_step(make(setting), [make_batch(setting)], AdamW([torch.zeros(1)]), steps=0)

@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from minift.adapters.lora import LoraConfig
 from minift.study import plots
-from minift.study.book_memory import OPT_350M, OPT_PARAMETERS
+from minift.study.book_memory import OPT_PARAMETERS
+from minift.study.book_tables import OPT_350M
 from minift.study.ledger import predict
 from minift.study.rounding import stalled_run, walks
 from minift.study.setting import Setting
+from minift.train.records import StepRecord
 
 LEDGER = predict(Setting(OPT_350M, 2, 256, torch.bfloat16, None, LoraConfig(), attention="eager"))
 WALKS, RUNS = walks(10_000), stalled_run(steps=30)
@@ -75,9 +77,10 @@ def test_the_figures_of_the_book(figures: list[Figure], tmp_path: Path):
 def test_measured_and_predicted_stand_side_by_side(figures: list[Figure], tmp_path: Path):
     plots.ablation_bars(tmp_path / "a.png")
     heights = [bar.get_height() for axes in figures[0].axes for bar in axes.patches]  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(heights) == 2 * 2 * 8
-    assert {3441, 15266, 914, 3435, 1603} <= set(heights)
-    assert "measured in the book" in texts(figures[0]) and "2000, LoRA, ckpt" in texts(figures[0])
+    assert len(heights) == 2 * 2 * (12 + 8)
+    assert {3441, 15266, 914, 3435, 1603, 2908, 20491, 904} <= set(heights)
+    written = texts(figures[0])
+    assert all(text in written for text in ("measured in the book", "2000, LoRA, ckpt", "500, mixed", "8-bit Adam"))
 
 
 def test_the_walks_end_where_they_end(figures: list[Figure], tmp_path: Path):
@@ -95,6 +98,21 @@ def test_the_losses_of_the_stalled_run(figures: list[Figure], tmp_path: Path):
     assert "bfloat16, stochastic" in texts(figures[0])
     assert len({line.get_linestyle() for line in axes.get_lines()}) == 3  # not told by colour alone
     assert len({line.get_color() for line in axes.get_lines()}) == 3
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_the_curves_have_memory_where_it_is_known(figures: list[Figure], tmp_path: Path, known: int):
+    """Of the last `known` steps, as after a run of an older version was resumed; no empty axes are left."""
+    steps = [StepRecord(n, 3.0 / n, 1.0, 1e-3, 10, 20, 0.1, peak_memory=n * 10**8 if n > 3 - known else None)
+             for n in (1, 2, 3)]  # fmt: skip
+    plots.run_curves(steps, tmp_path / "a.png")
+    labels = [axes.get_ylabel() for axes in figures[0].axes]
+    assert len(labels) == 4 + (known > 0) and all(labels)
+    if known:
+        (line,) = figures[0].axes[4].get_lines()
+        shown = [[float(value) for value in data] for data in (line.get_xdata(), line.get_ydata())]
+        assert labels[4] == "most memory held (MB)"
+        assert shown == [[4 - known + n for n in range(known)], [100.0 * (4 - known + n) for n in range(known)]]
 
 
 def test_colours_differ_in_brightness_or_hue():
