@@ -4,15 +4,17 @@ Each side runs in a process of its own, so that its peak memory is its own, and 
 parent lets them step in turn, so both see the same noise of a shared machine. The first two steps (allocation, caches)
 are not timed.
 
-Three comparisons:
+Four comparisons:
 
     as shipped     what a user gets: TRL's defaults (fp32 weights, bf16 autocast, gradient checkpointing) and minift's
+    packed         the same with documents packed into rows of 512 tokens
     bf16           the peers at their fastest: bf16 weights, no checkpointing
     fp32           both in fp32 with 32-bit AdamW, no checkpointing: the arithmetic is the same, so must be the losses
 
 Trained tokens are the labels that count; both sides train on the same ones.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -22,14 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
 
 MODEL = "smollm2-135m-instruct"
 BATCH, STEPS, WARM, LR = 16, 6, 2, 1e-3
-SETTINGS = ("as shipped", "bf16", "fp32")
+PACKED_BATCH, PACKED_LENGTH = 2, 512
+SETTINGS = ("as shipped", "packed", "bf16", "fp32")
 
 
 @dataclass
@@ -138,10 +141,13 @@ def work_ours(setting: str) -> None:
 
     fp32 = setting == "fp32"
     tokenizer = minift.load_tokenizer(MODEL)
-    model = minift.load_model(MODEL, "nf4", torch.float32 if fp32 else torch.bfloat16, attention="eager")
+    attention = None if setting == "packed" else "eager"  # faster for short rows
+    model = minift.load_model(MODEL, "nf4", torch.float32 if fp32 else torch.bfloat16, attention=attention)
     torch.manual_seed(0)
     minift.add_lora(model, minift.LoraConfig(r=8, alpha=16))
     config = minift.TrainConfig(batch_size=BATCH, max_steps=STEPS, shuffle=False)
+    if setting == "packed":
+        config = replace(config, batch_size=PACKED_BATCH, packing="bfd", max_length=PACKED_LENGTH)
     plan = Plan(
         prepare(examine_rows(tokenizer, yoda_rows("train"), config).examples, tokenizer, config), 0, config, share=True
     )
@@ -153,6 +159,15 @@ def work_ours(setting: str) -> None:
         began = time.perf_counter()
         stats = train_step(model, plan.micro_batches(step), optimizer)
         say(measured(time.perf_counter() - began, stats.loss, stats.trained_tokens))
+
+
+def count(rows: list[list[int]], lengths: list[list[int]] | None) -> int:
+    """Labels that count: not -100, and not the first of a document, which nothing predicts."""
+    firsts = (
+        [list(itertools.accumulate(sizes, initial=0))[:-1] for sizes in lengths] if lengths else [[0] for _ in rows]
+    )
+    trained = sum(label != -100 for labels in rows for label in labels)
+    return trained - sum(labels[i] != -100 for labels, starts in zip(rows, firsts, strict=True) for i in starts)
 
 
 def work_theirs(setting: str) -> None:
@@ -185,6 +200,9 @@ def work_theirs(setting: str) -> None:
     drawn = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in yoda_rows("train")]
 
+    packing = {"packing": True, "max_length": PACKED_LENGTH} if setting == "packed" else {}
+    rows_a_step = PACKED_BATCH if packing else BATCH
+
     class Pace(TrainerCallback):
         step = 0
 
@@ -198,19 +216,19 @@ def work_theirs(setting: str) -> None:
         def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
             if logs and "loss" in logs:
                 assert trainer.train_dataset is not None
-                batch = trainer.train_dataset[self.step * BATCH : (self.step + 1) * BATCH]["labels"]
-                trained = sum(label != -100 for labels in batch for label in labels[1:])
+                batch = trainer.train_dataset[self.step * rows_a_step : (self.step + 1) * rows_a_step]
+                trained = count(batch["labels"], batch.get("seq_lengths"))
                 self.step += 1
                 say(measured(self.seconds, logs["loss"], trained))
 
     with tempfile.TemporaryDirectory() as place:
         config = SFTConfig(
-            output_dir=place, use_cpu=True, bf16=setting != "fp32", gradient_checkpointing=setting == "as shipped",
+            output_dir=place, use_cpu=True, bf16=setting != "fp32", gradient_checkpointing=setting in ("as shipped", "packed"),
             # One step more than it will be told to take: after the last one it would put away the model while
             # minift takes its own last step.
-            per_device_train_batch_size=BATCH, max_steps=STEPS + 1, learning_rate=LR, lr_scheduler_type="constant",
+            per_device_train_batch_size=rows_a_step, max_steps=STEPS + 1, learning_rate=LR, lr_scheduler_type="constant",
             train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no",
-            disable_tqdm=True, loss_type="nll", optim="adamw_torch", dataloader_pin_memory=False,
+            disable_tqdm=True, loss_type="nll", optim="adamw_torch", dataloader_pin_memory=False, **packing,
         )  # fmt: skip
         trainer = SFTTrainer(
             model=model,

@@ -19,9 +19,11 @@ Tensor names end in their dimensions (`x_bsd`, `weight_oi`):
 """
 
 from minift.adapters.inject import add_lora
+from minift.adapters.kbit import prepare_for_kbit_training
 from minift.adapters.lora import LoraConfig
 from minift.adapters.many import combine, disabled, set_adapter
-from minift.adapters.merge import merge_lora
+from minift.adapters.merge import merge_lora, unmerge_lora
+from minift.adapters.serving import adapters_of_rows
 from minift.adapters.verbs import add_adapter, load_adapter, save_adapter
 from minift.data.collate import Batch, collate, flatten
 from minift.data.encode import Example, encode
@@ -55,6 +57,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
+    "adapters_of_rows",
     "add_adapter",
     "add_lora",
     "collate",
@@ -69,11 +72,13 @@ __all__ = [
     "load_tokenizer",
     "merge_lora",
     "pack",
+    "prepare_for_kbit_training",
     "read_dataset",
     "resize_embeddings",
     "save_adapter",
     "save_model",
     "set_adapter",
     "train",
+    "unmerge_lora",
     "use_template",
 ]

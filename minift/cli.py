@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from minift.course.cli import cli as course
 from minift.options import (
     DTYPE_NAMES,
     FORMATS,
@@ -23,6 +24,8 @@ from minift.options import (
     lora_of,
     lora_options,
     machine_of,
+    method_given,
+    method_options,
     model_options,
     train_options,
 )
@@ -66,6 +69,12 @@ def _say_stopped(result: Any, command: str, rest: str = " (and the same options)
     return 130
 
 
+TEXT = (
+    "The sky is blue because air scatters short waves of light more than long ones. In the evening the light takes a "
+    "longer way through the air, so that red is what is left of it."
+)
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 DEMO = {"epochs": 2, "batch_size": 16, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 5, "output_dir": "minift-demo"}
@@ -81,11 +90,13 @@ def demo(model: str, **options: Any) -> int:
     Fine-tunes SmolLM2-135M-Instruct in NF4 with LoRA on 450 sentence pairs that come with minift, and shows its answers
     to held-out sentences before and after.
     """
+    from tqdm import tqdm
+
     from minift.demo import run_demo
     from minift.train.config import TrainConfig
 
     machine, lora = machine_of(options), lora_of(options)
-    result = run_demo(model, *machine, lora, TrainConfig(**options), click.echo)
+    result = run_demo(model, *machine, lora, TrainConfig(**options), tqdm.write)
     return 0 if result.training.finished else _say_stopped(result.training, "minift demo")
 
 
@@ -94,18 +105,24 @@ def demo(model: str, **options: Any) -> int:
 @click.option("--data", help="JSON Lines, JSON, CSV or Parquet; rows of messages, prompt and completion, ...")
 @click.option("--eval", "eval_data", help="Rows to evaluate on, in the same formats; they are never trained.")
 @click.option("--like", help="Folder of an earlier run: everything that is not given here is as it was there.")
+@click.option("--measure-memory/--no-measure-memory", default=True,
+              help="Measure the memory of the second step, beside what was predicted.")  # fmt: skip
 @attention_option
+@method_options
 @lora_options
 @train_options()
 def train(like: str | None, **options: Any) -> int:
-    """Fine-tune a model with LoRA on your own rows.
+    """Fine-tune a model on your own rows, with LoRA or another method.
 
     The folder of a run remembers every option: `--resume --output-dir FOLDER` goes on with a run that was stopped or
     killed, and `--like FOLDER` does one again; options given beside these count more.
     """
+    from tqdm import tqdm
+
     import minift
-    from minift.adapters.inject import count_parameters
+    from minift.adapters.report import report
     from minift.study.outcome import outcome
+    from minift.study.watch import MemoryWatch
     from minift.train.remember import fill_in, to_remember
 
     context = click.get_current_context()
@@ -115,16 +132,17 @@ def train(like: str | None, **options: Any) -> int:
         raise click.UsageError("Missing option '--data'.", context)
     command = to_remember(options)
     model, data, eval_data, attention = (options.pop(name) for name in ("model", "data", "eval_data", "attention"))
-    machine, lora = machine_of(options), lora_of(options)
+    machine, measure = machine_of(options), options.pop("measure_memory")
+    tokenizer = minift.load_tokenizer(model)
+    method = method_given(options, given, lambda text: tokenizer.encode(text, add_special_tokens=False))
     config = minift.TrainConfig(**options)
     rows = minift.read_dataset(data)
     eval_rows = minift.read_dataset(eval_data) if eval_data else None
-    tokenizer = minift.load_tokenizer(model)
     loaded = minift.load_model(model, *machine, attention)
-    wrapped = minift.add_lora(loaded, lora)
-    trained, total = count_parameters(loaded)
-    click.echo(f"{len(rows)} rows; LoRA on {len(wrapped)} layers, {trained:,} of {total:,} parameters trained")
-    result = minift.train(loaded, tokenizer, rows, config, click.echo, eval_rows, command)
+    minift.add_adapter(loaded, method)
+    click.echo(f"{len(rows)} rows\n{report(loaded).format()}")
+    watch = MemoryWatch(config, tqdm.write, measure)  # above the progress bar
+    result = minift.train(loaded, tokenizer, rows, config, click.echo, eval_rows, command, watch)
     if not result.finished:
         return _say_stopped(result, f"minift train --output-dir {result.output_dir}", "")
     click.echo(outcome(result, model))
@@ -190,6 +208,41 @@ def chat(
             click.echo(piece, nl=False)
         click.echo()
         messages.append({"role": "assistant", "content": answer})
+
+
+@cli.command()
+@model_options()
+@click.option("--adapter", required=True, help="Folder of a trained adapter.")
+@click.option("--requantize", is_flag=True, help="Store merged weights in 4 or 8 bits again; moves every weight.")
+@click.option("--compare/--no-compare", default=True,
+              help="Say how far merging into the unquantized weights would be from it.")  # fmt: skip
+@click.option("--text", default=TEXT, help="The drift of the logits is measured on it.")
+@click.option("--output-dir", required=True, help="Folder to write; replaced if it exists.")
+def merge(
+    model: str, adapter: str, output_dir: str, text: str, requantize: bool, compare: bool, **machine: Any
+) -> None:
+    """Fold an adapter into the model, and save it as a folder that every library of the field loads.
+
+    Give the quantization that the adapter was trained with: it belongs to those weights. The merged ones are stored in
+    16 bits (or --dtype), unless --requantize.
+    """
+    import torch
+
+    import minift
+    from minift.adapters.method import method_of
+
+    quantize, dtype, device = machine_of(machine)
+    tokenizer = minift.load_tokenizer(model)
+    loaded = minift.load_model(model, quantize, dtype, device)
+    minift.load_adapter(loaded, adapter)
+    if method := method_of(loaded):
+        click.echo(f"merged {method.name} into {len(method.merge(loaded))} places")
+    else:
+        ids = torch.tensor([tokenizer.encode(text)], device=loaded.device)
+        original = model if quantize and compare else None
+        click.echo(minift.merge_lora(loaded, None, requantize, original, ids).format())
+    folder = minift.save_model(loaded, output_dir)
+    click.echo(f"Saved {folder}; use it with --model {folder} --quantize none")
 
 
 @cli.command()
@@ -297,3 +350,6 @@ def models() -> None:
         click.echo(f"{name}\n    {known.hub_id}: {known.note}\n    {cached_folder(name) or 'not on this machine yet'}")
     click.echo(f"Any other model of these families by its Hub id (org/name) or folder: {', '.join(FAMILIES)}")
     click.echo("Llama-family .gguf files, too.")
+
+
+cli.add_command(course, "course")

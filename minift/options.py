@@ -4,7 +4,7 @@ A field of TrainConfig is an option of the same name, with the same help; so not
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
@@ -60,6 +60,14 @@ def _of_setting(setting: Field, default: Any, text: str) -> Callable:
     return click.option(flag, setting.name, type=kind, default=default, help=text)
 
 
+# Names of minift.adapters.named.NAMED, which would import torch only to show --help.
+METHOD_NAMES = (
+    "lora", "ia3", "houlsby", "pfeiffer", "parallel", "prompt-tuning", "p-tuning", "prefix-tuning", "bitfit", "norms",
+    "full",
+)  # fmt: skip
+LORA_OPTIONS = ("rank", "alpha", "dropout", "targets")
+
+
 def lora_options(command: Callable) -> Callable:
     """--rank, --alpha, --dropout, --targets."""
     options = [
@@ -75,6 +83,17 @@ def lora_options(command: Callable) -> Callable:
     return _apply(options, command)
 
 
+def method_options(command: Callable) -> Callable:
+    """--method, --set, --prompt-text."""
+    options = [
+        click.option("--method", type=click.Choice(METHOD_NAMES), default="lora", help="What to train."),
+        click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+                     help="Another setting of the method, as often as needed: use_dora=true, init=pissa, ..."),
+        click.option("--prompt-text", help="prompt-tuning: the virtual tokens begin as those of this text."),
+    ]  # fmt: skip
+    return _apply(options, command)
+
+
 def _apply(options: list[Callable], command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
@@ -83,12 +102,39 @@ def _apply(options: list[Callable], command: Callable) -> Callable:
 
 def lora_of(options: dict[str, Any]) -> Any:
     """Take LoRA's options out of `options`."""
-    from minift.adapters.lora import LoraConfig
+    from minift.adapters.config import LoraConfig
 
+    return LoraConfig(**_lora_settings(options))
+
+
+def _lora_settings(options: dict[str, Any]) -> dict[str, Any]:
     targets = options.pop("targets")
     names = tuple(name.strip() for name in targets.split(","))
     is_list = targets != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names)
-    return LoraConfig(options.pop("rank"), options.pop("alpha"), options.pop("dropout"), names if is_list else targets)
+    settings = {"r": options.pop("rank"), "alpha": options.pop("alpha"), "dropout": options.pop("dropout")}
+    return settings | {"target_modules": names if is_list else targets}
+
+
+def method_given(options: dict[str, Any], given: Collection[str], encode: Callable[[str], list[int]]) -> Any:
+    """Take the method's options out of `options`: its settings.
+
+    Args:
+        given: names of the options that were given; those of LoRA mean nothing to another method.
+        encode: text -> token ids.
+    """
+    from minift.adapters.named import method_named, parse_settings
+
+    name, text = options.pop("method"), options.pop("prompt_text")
+    settings = parse_settings(options.pop("settings"))
+    lora = _lora_settings(options)
+    if text is not None:
+        settings = {"init": "text", "init_ids": tuple(encode(text)), **settings}
+    if name == "lora":
+        return method_named(name, lora | settings)
+    meaningless = [option for option in LORA_OPTIONS if option in given]
+    if meaningless:
+        raise click.UsageError(f"--{meaningless[0]} is LoRA's; {name} takes its settings by --set NAME=VALUE")
+    return method_named(name, settings)
 
 
 def machine_of(options: dict[str, Any]) -> tuple[str | None, Any, str]:

@@ -31,9 +31,11 @@ from safetensors.torch import load_file
 import minift
 from minift.adapters.inject import lora_layers
 from minift.adapters.lora import LoraConfig
+from minift.adapters.named import NAMED
 from minift.cli import DEMO, cli, main
 from minift.model.config import ModelConfig
 from minift.model.generate import Sampling, generate
+from minift.options import METHOD_NAMES
 from minift.quant.config import QuantConfig
 from minift.sources.resolve import KNOWN
 from minift.study.dataset import look_at
@@ -192,7 +194,8 @@ def test_train(run: Run, tiny: Path, data: Path, quantize: str):
     assert not shown(stderr) or not any(line.startswith("Error") for line in shown(stderr))
     out = Path("out")
     assert {path.name for path in out.iterdir()} == {
-        "adapter", "checkpoints", "config.json", "curves.png", "log.json", "log.jsonl", "loss.png"
+        "adapter", "checkpoints", "config.json", "curves.png", "log.json", "log.jsonl", "loss.png",
+        "memory.json",
     }  # fmt: skip
 
     log = json.loads((out / "log.json").read_text())
@@ -207,7 +210,8 @@ def test_train(run: Run, tiny: Path, data: Path, quantize: str):
     assert len(lora_layers(model)) == 14
     weights = load_file(out / "adapter/adapter_model.safetensors")
     assert all(value.any() for value in weights.values())  # every B has left zero
-    assert f"8 rows; LoRA on 14 layers, {sum(v.numel() for v in weights.values()):,} of " in stdout
+    assert stdout.startswith("8 rows\n")
+    assert "not adapted: lm_head" in stdout and f"{sum(v.numel() for v in weights.values()):,} of " in stdout
     assert f"Loss {first:.3f} -> {last:.3f} in 4 steps" in stdout
     for path in (out / "adapter", out / "loss.png", out / "log.json"):
         assert str(path) in stdout
@@ -215,14 +219,15 @@ def test_train(run: Run, tiny: Path, data: Path, quantize: str):
 
 def test_options_reach_the_run(run: Run, tiny: Path, data: Path):
     """One of each kind: number, choice, flag and its opposite, LoRA's own."""
-    options = ("--lr", "0.002", "--optimizer", "adamw", "--no-shuffle", "--gradient-checkpointing", "--max-steps", 1,
+    options = ("--lr", "0.002", "--optimizer", "adamw", "--no-shuffle", "--gradient-checkpointing", "selective",
+               "--max-steps", 1,
                "--schedule", "cosine", "--alpha", 7, "--dropout", 0.5, "--targets", "q_proj, up_proj")  # fmt: skip
-    status, stdout, _ = run("train", "--model", tiny, "--data", data, *QUICK, *options)
-    assert status == 0 and "LoRA on 4 layers" in stdout
+    status, _, _ = run("train", "--model", tiny, "--data", data, *QUICK, *options)
+    assert status == 0 and adapted_layers() == 4
     out = Path("minift-run")
     config = json.loads((out / "log.json").read_text())["config"]
-    expected = {"lr": 0.002, "optimizer": "adamw", "shuffle": False, "gradient_checkpointing": True, "max_steps": 1,
-                "schedule": "cosine", "batch_size": 4}  # fmt: skip
+    expected = {"lr": 0.002, "optimizer": "adamw", "shuffle": False, "gradient_checkpointing": "selective",
+                "max_steps": 1, "schedule": "cosine", "batch_size": 4}  # fmt: skip
     assert {key: config[key] for key in expected} == expected
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (2, 7, 0.5)
@@ -241,9 +246,106 @@ def test_options_reach_the_run(run: Run, tiny: Path, data: Path):
     ],
 )
 def test_targets(run: Run, tiny: Path, data: Path, targets: str, layers: int):
-    status, stdout, _ = run("train", "--model", tiny, "--data", data, *QUICK, "--max-steps", 1, "--targets", targets)
-    assert status == 0
-    assert f"LoRA on {layers} layers" in stdout
+    status, _, _ = run("train", "--model", tiny, "--data", data, *QUICK, "--max-steps", 1, "--targets", targets)
+    assert status == 0 and adapted_layers() == layers
+
+
+@pytest.mark.parametrize("method", [name for name in NAMED if name != "lora"])
+def test_every_method(run: Run, tiny: Path, data: Path, method: str):
+    """Trained, saved, tabulated, and loaded by `chat`, all by the command line."""
+    quantize = "none" if method == "full" else "nf4"
+    arguments = ("train", "--model", tiny, "--data", data, "--batch-size", 4, "--max-steps", 2, "--method", method,
+                 "--lr", 0.1, "--quantize", quantize)  # fmt: skip
+    status, stdout, stderr = run(*arguments)
+    assert status == 0, stderr
+    tensors = load_file("minift-run/adapter/adapter_model.safetensors")
+    trained = sum(tensor.numel() for tensor in tensors.values())
+    if method != "p-tuning":  # saves what its network computes
+        assert f"{trained:,} of " in stdout
+    model = minift.load_model(tiny, None if quantize == "none" else quantize)
+    before = model(torch.arange(9).unsqueeze(0))
+    minift.load_adapter(model, "minift-run/adapter")
+    assert not torch.equal(model(torch.arange(9).unsqueeze(0)), before)
+    status, stdout, _ = run("inspect", "minift-run/adapter", "--all")
+    assert status == 0 and stdout.count("of the input") == len(tensors)
+
+
+def test_the_names_of_methods_are_those_of_the_library():
+    assert tuple(NAMED) == METHOD_NAMES
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--set", "use_dora=true"), {"use_dora": True, "r": 2}),
+        (("--set", "init=pissa", "--set", "use_rslora=true", "--quantize", "none"), {"init_lora_weights": "pissa"}),
+        (("--set", 'target_modules=["q_proj"]', "--set", "r=3"), {"target_modules": ["q_proj"], "r": 3}),
+    ],
+)
+def test_other_settings_of_lora(run: Run, tiny: Path, data: Path, options: tuple, expected: dict):
+    status, _, stderr = run("train", "--model", tiny, "--data", data, *QUICK, "--max-steps", 1, *options)
+    assert status == 0, stderr
+    adapter = json.loads(Path("minift-run/adapter/adapter_config.json").read_text())
+    assert {key: adapter[key] for key in expected} == expected
+
+
+def test_a_prompt_begins_as_a_text(run: Run, tiny: Path, data: Path):
+    text = "You speak like Yoda"
+    status, _, stderr = run("train", "--model", tiny, "--data", data, "--batch-size", 4, "--max-steps", 1,
+                            "--lr", 1e-30, "--method", "prompt-tuning", "--prompt-text", text, "--dtype", "bfloat16",
+                            "--set", "num_virtual_tokens=5")  # fmt: skip
+    assert status == 0, stderr
+    words = minift.load_tokenizer(tiny).encode(text, add_special_tokens=False)
+    table = minift.load_model(tiny, dtype=torch.bfloat16).decoder.embed_tokens.weight
+    (learned,) = load_file("minift-run/adapter/adapter_model.safetensors").values()
+    torch.testing.assert_close(learned, table[(words * 5)[:5]].float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "ia3", "--rank", 4), "--rank is LoRA's; ia3 takes its settings by --set NAME=VALUE"),
+        (("--method", "ia3", "--set", "rank=4"), "ia3 has no setting 'rank'; it has target_modules"),
+        (("--set", "use_dora"), "'use_dora' is no setting: write NAME=VALUE"),
+        (("--set", "r=3", "--set", "r=4"), "the setting 'r' is given twice"),
+        (("--set", "use_rslora=perhaps"), "use_rslora"),
+        (("--method", "full"), "and model.layers.0.self_attn.q_proj is quantized"),
+        (("--method", "houlsby", "--set", "reduction_factor=0"), "reduction_factor"),
+        (("--prompt-text", "Hello"), "lora has no setting 'init_ids'"),
+    ],
+)
+def test_settings_that_a_method_does_not_have(run: Run, tiny: Path, data: Path, options: tuple, message: str):
+    status, _, stderr = run("train", "--model", tiny, "--data", data, "--batch-size", 4, *options)
+    assert status == 2
+    assert message in " ".join(stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ["merged default into 14 layers, stored as float32", "merging into the original weights would differ by"]),
+        (("--requantize",), ["stored as nf4", "same most likely token after"]),
+        (("--quantize", "none", "--no-compare"), ["stored as float32", "KL divergence"]),
+    ],
+)
+def test_merge(run: Run, tiny: Path, data: Path, options: tuple, words: list[str]):
+    """The merged folder answers as model and adapter do, but for what the report says."""
+    kind = ("--model", tiny, "--dtype", "float32", *[o for o in options if o in ("--quantize", "none")])
+    assert run("train", *kind, "--data", data, *QUICK, "--max-steps", 2, "--lr", 0.01)[0] == 0
+    status, stdout, stderr = run("merge", *kind, *options, "--adapter", "minift-run/adapter", "--output-dir", "merged")
+    assert status == 0, stderr
+    assert all(word in stdout for word in words), stdout
+    assert ("original" in stdout) == (not options or options == ("--requantize",))
+    ours = minift.load_model(tiny, None if "none" in options else "nf4")
+    minift.load_adapter(ours, "minift-run/adapter")
+    ids = torch.arange(30).unsqueeze(0)
+    drift = (minift.load_model("merged")(ids) - ours(ids)).abs().max()
+    assert drift > 0.01 if "--requantize" in options else drift < 1e-4  # 16 levels; the rounding of fp32
+    assert run("merge", *kind, "--adapter", "nowhere", "--output-dir", "merged")[0] == 2
+
+
+def adapted_layers(folder: str = "minift-run/adapter") -> int:
+    return len(load_file(f"{folder}/adapter_model.safetensors")) // 2
 
 
 def test_a_run_is_evaluated_and_done_again_by_one_command(run: Run, tiny: Path, data: Path, tmp_path: Path):
@@ -264,7 +366,8 @@ def test_a_run_is_evaluated_and_done_again_by_one_command(run: Run, tiny: Path, 
     assert again
     assert run(*again[1].split())[0] == 0
     repeated = [json.loads(line) for line in Path("out-again/log.jsonl").read_text().splitlines()]
-    assert [{**step, "seconds": 0} for step in repeated] == [{**step, "seconds": 0} for step in steps]
+    machine = {"seconds": 0, "peak_memory": 0}  # what is no result of the run
+    assert [step | machine for step in repeated] == [step | machine for step in steps]
     same = "adapter/adapter_model.safetensors"
     assert Path("out", same).read_bytes() == Path("out-again", same).read_bytes()
     # What is given beside it counts more.
@@ -808,7 +911,8 @@ def test_demo(run: Run, tiny: Path):
     assert status == 0 and not any(line.startswith("Error") for line in shown(stderr))
     assert "Held-out" in stdout and "minift chat --model" in stdout
     assert {path.name for path in Path("out").iterdir()} == {
-        "adapter", "answers.json", "checkpoints", "config.json", "log.json", "log.jsonl", "loss.png"
+        "adapter", "answers.json", "checkpoints", "config.json", "log.json", "log.jsonl", "loss.png",
+        "memory.json",
     }  # fmt: skip
 
 
@@ -844,7 +948,7 @@ def test_memory_of_full_fine_tuning_with_a_budget(run: Run, tiny: Path):
 def test_memory_says_what_to_change_if_nothing_fits(run: Run, tiny: Path):
     status, stdout, _ = run("memory", "--model", tiny, "--budget", "100 kB")
     assert status == 0
-    assert "no batch fits" in stdout and "no length fits" in stdout and "--checkpointing on" in stdout
+    assert "no batch fits" in stdout and "no length fits" in stdout and "gradient checkpointing" in stdout
 
 
 def test_memory_reads_no_weights(run: Run, spoiled: Path):
