@@ -107,6 +107,8 @@ def demo(model: str, **options: Any) -> int:
 @click.option("--like", help="Folder of an earlier run: everything that is not given here is as it was there.")
 @click.option("--measure-memory/--no-measure-memory", default=True,
               help="Measure the memory of the second step, beside what was predicted.")  # fmt: skip
+@click.option("--fit", is_flag=True,
+              help="Take the same step in smaller micro-batches where memory is short, as predicted and tried.")  # fmt: skip
 @attention_option
 @method_options
 @lora_options
@@ -121,8 +123,10 @@ def train(like: str | None, **options: Any) -> int:
 
     import minift
     from minift.adapters.report import report
+    from minift.study.fit import fit_batch
     from minift.study.outcome import outcome
     from minift.study.watch import MemoryWatch
+    from minift.train.plan import longest_row
     from minift.train.remember import fill_in, to_remember
 
     context = click.get_current_context()
@@ -132,7 +136,7 @@ def train(like: str | None, **options: Any) -> int:
         raise click.UsageError("Missing option '--data'.", context)
     command = to_remember(options)
     model, data, eval_data, attention = (options.pop(name) for name in ("model", "data", "eval_data", "attention"))
-    machine, measure = machine_of(options), options.pop("measure_memory")
+    machine, measure, fit = machine_of(options), options.pop("measure_memory"), options.pop("fit")
     tokenizer = minift.load_tokenizer(model)
     method = method_given(options, given, lambda text: tokenizer.encode(text, add_special_tokens=False))
     config = minift.TrainConfig(**options)
@@ -141,6 +145,10 @@ def train(like: str | None, **options: Any) -> int:
     loaded = minift.load_model(model, *machine, attention)
     minift.add_adapter(loaded, method)
     click.echo(f"{len(rows)} rows\n{report(loaded).format()}")
+    if fit:
+        config = fit_batch(loaded, config, longest_row(tokenizer, rows, config), click.echo)
+        found = {"batch_size": config.batch_size, "gradient_accumulation": config.gradient_accumulation}
+        command |= {**found, "fit": False}  # another machine's memory must not make it another run
     watch = MemoryWatch(config, tqdm.write, measure)  # above the progress bar
     result = minift.train(loaded, tokenizer, rows, config, click.echo, eval_rows, command, watch)
     if not result.finished:

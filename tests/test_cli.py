@@ -217,6 +217,26 @@ def test_train(run: Run, tiny: Path, data: Path, quantize: str):
         assert str(path) in stdout
 
 
+def test_fit(run: Run, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step of 8 rows in pieces that fit; the same losses, and a run that is resumed with the same pieces."""
+    begin = ("train", "--model", tiny, "--data", data, "--batch-size", 8, "--rank", 2, "--max-steps", 2,
+             "--no-shuffle", "--quantize", "none", "--dtype", "float32")  # fmt: skip
+    assert run(*begin, "--output-dir", "whole")[0] == 0
+    monkeypatch.setattr("minift.study.fit.free_memory", lambda device: 600_000)
+    status, stdout, stderr = run(*begin, "--fit", "--output-dir", "pieces")
+    assert status == 0, stderr
+    (line,) = [line for line in stdout.splitlines() if line.startswith("Batches of")]
+    config = json.loads(Path("pieces/config.json").read_text())["options"]
+    assert config["batch_size"] < 8 and config["batch_size"] * config["gradient_accumulation"] == 8, line
+    losses = [[json.loads(row)["loss"] for row in Path(f"{name}/log.jsonl").read_text().splitlines()]
+              for name in ("whole", "pieces")]  # fmt: skip
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    monkeypatch.setattr("minift.study.fit.free_memory", lambda device: 10**12)
+    assert run("train", "--resume", "--output-dir", "pieces", "--max-steps", 2)[0] == 0
+    status, stdout, stderr = run(*begin[:5], "--batch-size", 4, "--max-steps", 2, "--method", "bitfit", "--fit")
+    assert status == 0 and "Batches of 4 rows, 1 a step" in stdout, stderr
+
+
 def test_options_reach_the_run(run: Run, tiny: Path, data: Path):
     """One of each kind: number, choice, flag and its opposite, LoRA's own."""
     options = ("--lr", "0.002", "--optimizer", "adamw", "--no-shuffle", "--gradient-checkpointing", "selective",

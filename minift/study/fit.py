@@ -39,7 +39,10 @@ def fit_batch(
     rows = config.batch_size * config.gradient_accumulation
     sizes = [size for size in range(1, config.batch_size + 1) if rows % size == 0]
     free = free_memory(model.device)
-    fitting = [size for size in sizes if _more_bytes(model, config, size, length) <= free]
+    try:
+        fitting = [size for size in sizes if _more_bytes(model, config, size, length) <= free]
+    except ValueError:  # of a method that is not predicted
+        fitting = sizes
     start = fitting[-1] if fitting else 1
 
     def try_step(size: int) -> None:
@@ -50,7 +53,7 @@ def fit_batch(
 
     found = find_batch_size(try_step, start)
     size = max(n for n in sizes if n <= found)
-    say(f"Batches of {size} rows, {rows // size} a step: {start} predicted for {free / 1e6:,.0f} MB, {found} tried")
+    say(f"Batches of {size} rows, {rows // size} a step: {start} expected in {free / 1e6:,.0f} MB, {found} tried")
     return replace(config, batch_size=size, gradient_accumulation=rows // size)
 
 

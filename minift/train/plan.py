@@ -38,6 +38,13 @@ def examine_rows(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig)
     return examine(tokenizer, rows, config.loss_on, config.row_limit, problems=config.problems)
 
 
+def longest_row(tokenizer: Tokenizer, rows: Sequence[Row], config: TrainConfig) -> int:
+    """Tokens of the longest row that a batch can hold."""
+    if config.packing != "none":
+        return config.max_length
+    return max(len(example) for example in encoded(tokenizer, rows, config, lambda text: None))
+
+
 def drawable(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
