@@ -1,0 +1,6 @@
+"""`python -m minift.course` is `minift-course`."""
+
+from minift.course.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The student's folder: one file an exercise, the pages, and a small record of hints and passes.
+
+    my-course/
+        README.md  AGENTS.md  test_course.py  .minift-course.json
+        e01_absmax.py  e20_lora_by_hand.py  ...          what the student writes
+        pages/e01_absmax.md ...                          what to write
+        solutions/e01_absmax.py                          written after an exercise is passed (or given up)
+
+Nothing that exists is ever overwritten; `reset` puts a copy with the time in its name beside the file first.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minift.course.spec import Exercise
+
+STATE = ".minift-course.json"
+_TEST = '''"""Plain pytest grades this folder: one item a check. Also: minift-course check, minift-course watch."""
+
+from minift.course.pytest_items import *  # noqa: F403
+'''
+_AGENTS = """# To a coding assistant
+
+This folder is coursework. Tutor, do not solve: ask what the student thinks happens, point to the page in `pages/` and
+to the failing check, explain a concept with an example of your own. Do not write the bodies of the functions, and do
+not edit the exercise files.
+"""
+
+
+def _readme(exercises: list[Exercise]) -> str:
+    rows = "\n".join(
+        f"| {one.id} | [{one.title}]({one.page_name}) | {one.topic} | {one.points} | {one.minutes} |"
+        for one in exercises
+    )
+    return f"""# My course
+
+Open a page, write the file of the same name, save. `minift-course watch` checks at each save; `minift-course` alone
+says what is next; `pytest` grades everything.
+
+| | exercise | topic | points | minutes |
+| --- | --- | --- | --- | --- |
+{rows}
+"""
+
+
+@dataclass
+class Workspace:
+    """A student's folder and its record."""
+
+    folder: Path
+    hints: dict[str, int] = field(default_factory=dict)  # exercise -> highest level shown
+    passed: dict[str, str] = field(default_factory=dict)  # exercise -> when first
+    given_up: dict[str, str] = field(default_factory=dict)  # exercise -> when
+    only: list[str] = field(default_factory=list)  # the exercises of this folder; all if empty
+
+    def save(self) -> None:
+        """Write the record."""
+        record = {"hints": self.hints, "passed": self.passed, "given_up": self.given_up, "only": self.only}
+        (self.folder / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def exercises(self, known: dict[str, Exercise]) -> dict[str, Exercise]:
+        """Those of the known exercises that belong to this folder."""
+        return {name: one for name, one in known.items() if not self.only or name in self.only}
+
+    def path(self, exercise: Exercise) -> Path:
+        """The file of an exercise: e01_absmax.py, or the only other e01*.py. ValueError if there are several."""
+        usual = self.folder / exercise.file_name
+        others = sorted(self.folder.glob(f"{exercise.id}*.py"))
+        if usual.exists() or not others:
+            return usual
+        if len(others) > 1:
+            raise ValueError(f"which of these is {exercise.id}: {', '.join(map(str, others))}? Name it with --file.")
+        return others[0]
+
+    def hint(self, exercise: Exercise, level: int | None = None) -> tuple[int, str]:
+        """The next hint, or one by level; which ones were shown is recorded and costs nothing."""
+        shown = self.hints.get(exercise.id, 0)
+        level = min(shown + 1 if level is None else level, len(exercise.hints))
+        self.hints[exercise.id] = max(shown, level)
+        self.save()
+        return level, exercise.hints[level - 1]
+
+    def note_pass(self, exercise: Exercise) -> bool:
+        """Record that an exercise is passed; the solution may be read now. True the first time."""
+        first = exercise.id not in self.passed
+        self.passed.setdefault(exercise.id, now())
+        if first:
+            self.save()
+            self.reveal(exercise)
+        return first
+
+    def reveal(self, exercise: Exercise) -> Path:
+        """Write the solution beside the student's own work."""
+        target = self.folder / "solutions" / exercise.file_name
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(exercise.text("solution.py"), encoding="utf-8")
+        return target
+
+    def reset(self, exercise: Exercise) -> Path | None:
+        """Put the starter back; returns where the old file was kept."""
+        path, kept = self.path(exercise), None
+        if path.exists():
+            kept = path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+            shutil.copy2(path, kept)
+        path.write_text(exercise.starter(exercise.page_name), encoding="utf-8")
+        return kept
+
+
+def now() -> str:
+    """The time, for the record."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def make(folder: Path, exercises: list[Exercise], only: list[str] | None = None) -> tuple[Workspace, list[str]]:
+    """Make or complete a folder, for all exercises or `only` some; returns it and the names of its new files."""
+    files = {"README.md": _readme(exercises), "AGENTS.md": _AGENTS, "test_course.py": _TEST}
+    for one in exercises:
+        files[one.file_name] = one.starter(one.page_name)
+        files[one.page_name] = one.text("README.md")
+    fresh = []
+    for name, text in files.items():
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            fresh.append(name)
+    workspace = read(folder) or Workspace(folder, only=only or [])
+    workspace.save()
+    return workspace, fresh
+
+
+def read(folder: Path) -> Workspace | None:
+    """The workspace in a folder, if it is one. A record that cannot be read counts as empty."""
+    if not (folder / STATE).exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        kept = {name: dict(record.get(name, {})) for name in ("hints", "passed", "given_up")}
+        return Workspace(folder, **kept, only=list(record.get("only", [])))
+    except (ValueError, TypeError, AttributeError):
+        return Workspace(folder)
+
+
+def find(start: Path) -> Workspace:
+    """The workspace around a folder. ValueError tells how to make one."""
+    for folder in (start, *start.parents):
+        if (workspace := read(folder)) is not None:
+            return workspace
+    raise ValueError(
+        f"{start} is not in a course folder: make one with `minift-course init my-course`, then cd into it"
+    )

@@ -1,0 +1,186 @@
+"""The student's path: a folder is made, an exercise fails, is explained, is passed, is handed in; nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from minift.course import registry, workspace
+from minift.course.cli import cli
+from minift.course.watch import follow
+
+EXERCISES = registry.all_exercises()
+E01, E20 = EXERCISES["e01"], EXERCISES["e20"]
+
+
+def wrong(exercise, name: str) -> str:
+    (mutant,) = [one for one in exercise.mutants if one.name == name]
+    return mutant.source(exercise.text("solution.py"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """A course folder with three exercises, whatever others there are."""
+    three = [EXERCISES[name] for name in ("e01", "e20", "e23")]
+    workspace.make(tmp_path / "my course", three, [one.id for one in three])
+    monkeypatch.chdir(tmp_path / "my course")
+    return tmp_path / "my course"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.return_value or 0, result.output
+
+
+def test_init_makes_everything_once(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("init", "here")[0] == 0
+    made = {path.relative_to(tmp_path / "here").as_posix() for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    assert {"README.md", "AGENTS.md", "test_course.py", ".minift-course.json", "e01_absmax.py"} <= made
+    assert {f"pages/{one.folder.name}.md" for one in EXERCISES.values()} <= made
+    (tmp_path / "here" / "e01_absmax.py").write_text("mine\n")
+    (tmp_path / "here" / "e20_lora_by_hand.py").unlink()
+    assert "1 new files" in run("init", "here")[1]
+    assert (tmp_path / "here" / "e01_absmax.py").read_text() == "mine\n"
+
+
+def test_a_wrong_answer_is_explained(folder: Path):
+    (folder / E01.file_name).write_text(wrong(E01, "truncates"))
+    status, said = run("check", "e01")
+    assert status == 1
+    assert "0 of 3 points" in said and str(folder / E01.file_name) in said and "sha256" in said
+    assert "cut off towards zero instead of rounded" in said and "Round before you convert" in said
+    assert "first mismatch at q[" in said
+    assert said.isascii()
+
+
+def test_a_mistake_of_its_own_kind_is_not_blamed_on_a_known_one(folder: Path):
+    solution = E01.text("solution.py")
+    (folder / E01.file_name).write_text(solution.replace("torch.round(x / scale)", "(torch.round(x / scale) - 3)"))
+    verdict = json.loads(run("check", "e01", "--json")[1])
+    assert verdict["status"] == "fail" and verdict["misconception"] == verdict["explanation"] == ""
+
+
+def test_a_wrong_gradient_is_shown_in_a_table(folder: Path):
+    (folder / E20.file_name).write_text(wrong(E20, "db_without_scale"))
+    _, said = run("check", "e20")
+    rows = {
+        line.split()[0]: line.split()[1:3] for line in said.splitlines() if line.strip()[:3] in ("dx ", "da ", "db ")
+    }
+    assert rows == {"dx": ["True", "True"], "da": ["True", "True"], "db": ["False", "False"]}
+    assert "yours is 0.333333 times the expected" in said
+
+
+def test_passing_reveals_the_solution_and_moves_on(folder: Path):
+    assert run("solution", "e01")[0] == 1 and not (folder / "solutions").exists()
+    assert "e01" in run()[1]
+    (folder / E01.file_name).write_text(E01.equivalents["from_both_ends"])
+    status, said = run("check", "e01")
+    assert status == 0 and "3 of 3 points" in said
+    assert (folder / "solutions" / E01.file_name).read_text() == E01.text("solution.py")
+    assert "-    low, high" in run("solution", "e01")[1]
+    assert "done  e01" in run("list")[1]
+    assert "Next: e20" in run()[1]
+
+
+def test_giving_up_is_recorded(folder: Path):
+    assert run("solution", "e20", "--give-up")[0] == 0
+    assert "e20" in json.loads((folder / workspace.STATE).read_text())["given_up"]
+
+
+def test_hints_come_one_after_the_other(folder: Path):
+    texts = [run("hint", "e01")[1] for _ in range(4)]
+    assert [text.split(":")[0] for text in texts] == ["Hint 1 of 3", "Hint 2 of 3", "Hint 3 of 3", "Hint 3 of 3"]
+    assert json.loads((folder / workspace.STATE).read_text())["hints"] == {"e01": 3}
+
+
+def test_reset_keeps_the_old_file(folder: Path):
+    (folder / E01.file_name).write_text("my hours of work\n")
+    run("reset", "e01")
+    assert (folder / E01.file_name).read_text() == E01.starter("pages/e01_absmax.md")
+    (kept,) = folder.glob("*.bak")
+    assert kept.read_text() == "my hours of work\n"
+
+
+def test_json_verdict_says_what_was_graded(folder: Path):
+    (folder / E01.file_name).write_text(wrong(E01, "inverse_scale"))
+    verdict = json.loads(run("check", "e01", "--json")[1])
+    assert verdict["path"] == str(folder / E01.file_name)
+    assert (verdict["earned"], verdict["points"], verdict["status"]) == (0, 3, "fail")
+    assert verdict["misconception"] == "inverse_scale"
+
+
+def test_outside_a_course_folder_the_way_in_is_told(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="minift-course init"):
+        run("check")
+
+
+def test_watch_checks_at_every_save(folder: Path):
+    said: list[str] = []
+    space = workspace.find(folder)
+    thread = threading.Thread(target=follow, args=(space, [E01], said.append), daemon=True)
+    thread.start()
+
+    def wait_for(text: str) -> bool:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not any(text in one for one in said):
+            time.sleep(0.05)
+        return any(text in one for one in said)
+
+    assert wait_for("nothing is written yet")
+    (folder / E01.file_name).write_text(wrong(E01, "no_guard_for_zeros"))
+    assert wait_for("gives NaN")
+    (folder / E01.file_name).write_text(E01.text("solution.py"))
+    assert wait_for("3 of 3 points")
+    thread.join(30)
+    assert not thread.is_alive() and "e01" in space.passed
+
+
+def test_bug_hunt_counts_what_a_test_finds(folder: Path):
+    assert run("bughunt", "e01")[0] == 1  # the hunt shows nearly right code, so the exercise comes first
+    space = workspace.find(folder)
+    space.note_pass(E01)
+    assert "6 mistakes are hidden" in run("bughunt", "e01")[1]
+    test = folder / "bughunt_e01.py"
+    assert "nothing is written yet" in run("bughunt", "e01")[1]
+    test.write_text("def test(code):\n    assert False\n")
+    assert "finds 0 of 6" in run("bughunt", "e01")[1]
+    body = "q, s = code.quantize(torch.tensor([[1.0, -4.0, 0.7], [0, 0, 0]]), dim=-1)\n"
+    test.write_text(f"import torch\n\n\ndef test(code):\n    {body}    assert q[0].tolist() == [32, -127, 22]\n")
+    status, said = run("bughunt", "e01")
+    # Of six mistakes this finds all but NaN in the row of zeros and the inverse scale, which it does not look at.
+    assert status == 1 and "finds 4 of 6" in said and "Not found: 4, 6" in said
+    test.write_text(test.read_text() + "    assert (s[1] == 1).all() and s[0] < 1 and (q[1] == 0).all()\n")
+    assert run("bughunt", "e01")[0] == 0
+
+
+def test_submission_holds_the_files_and_their_record(folder: Path):
+    (folder / E01.file_name).write_text(E01.text("solution.py"))
+    run("hint", "e20")
+    assert "3 of 13 points" in run("submit")[1]
+    with zipfile.ZipFile(folder / "submission.zip") as archive:
+        record = json.loads(archive.read("manifest.json"))["exercises"]
+        assert archive.read(E01.file_name).decode() == E01.text("solution.py")
+    assert record["e01"]["earned"] == 3 and record["e20"]["hints"] == 1 and record["e20"]["earned"] == 0
+
+
+def test_plain_pytest_grades_a_folder_with_one_item_a_check(folder: Path):
+    (folder / E01.file_name).write_text(wrong(E01, "no_guard_for_zeros"))
+    for name in ("e20", "e23"):
+        (folder / EXERCISES[name].file_name).unlink()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 2 passed" in done.stdout
+    assert "test_course[e01::zeros_and_back]" in done.stdout
+    assert "a row of zeros is divided by its scale of 0" in done.stdout
