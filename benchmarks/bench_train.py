@@ -223,10 +223,12 @@ def work_theirs(setting: str) -> None:
 
     with tempfile.TemporaryDirectory() as place:
         config = SFTConfig(
-            output_dir=place, use_cpu=True, bf16=setting != "fp32", gradient_checkpointing=setting in ("as shipped", "packed"),
+            output_dir=place, use_cpu=True, bf16=setting != "fp32",
+            gradient_checkpointing=setting in ("as shipped", "packed"),
             # One step more than it will be told to take: after the last one it would put away the model while
             # minift takes its own last step.
-            per_device_train_batch_size=rows_a_step, max_steps=STEPS + 1, learning_rate=LR, lr_scheduler_type="constant",
+            per_device_train_batch_size=rows_a_step, max_steps=STEPS + 1, learning_rate=LR,
+            lr_scheduler_type="constant",
             train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no",
             disable_tqdm=True, loss_type="nll", optim="adamw_torch", dataloader_pin_memory=False, **packing,
         )  # fmt: skip

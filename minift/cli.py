@@ -107,8 +107,7 @@ def demo(model: str, **options: Any) -> int:
 @click.option("--like", help="Folder of an earlier run: everything that is not given here is as it was there.")
 @click.option("--measure-memory/--no-measure-memory", default=True,
               help="Measure the memory of the second step, beside what was predicted.")  # fmt: skip
-@click.option("--fit", is_flag=True,
-              help="Take the same step in smaller micro-batches where memory is short, as predicted and tried.")  # fmt: skip
+@click.option("--fit", is_flag=True, help="Take the same step in smaller micro-batches where memory is short.")
 @attention_option
 @method_options
 @lora_options

@@ -22,8 +22,8 @@ def maker(parent: Path) -> Callable[[str], Path]:
 
     Biases are random, too: among zeros an exchange would not be seen.
     """
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCAB}
-    llama = {
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCAB}
+    llama: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }  # fmt: skip

@@ -35,12 +35,11 @@ from minift.study.measure import measured
 from minift.train.step import loss_sum, train_step
 
 MB = 1e6
-# Few parameters need large steps: IA3's factors, biases and prompts move by 0.01 to 1, a full weight by 0.0001.
+# Few parameters need large steps: factors, biases and prompts move by 0.01 to 1, a full weight by 0.0001.
 LR: dict[str, float] = {
-    "lora": 3e-4, "ia3": 1e-2, "houlsby": 1e-3, "pfeiffer": 1e-3, "parallel": 1e-3, "bitfit": 3e-3, "norms": 3e-3,
-    "full": 2e-5,
+    "lora": 1e-3, "ia3": 1e-2, "houlsby": 1e-3, "pfeiffer": 1e-3, "parallel": 1e-3, "prompt-tuning": 0.1,
+    "p-tuning": 1e-2, "prefix-tuning": 0.05, "bitfit": 3e-3, "norms": 3e-3, "full": 1e-4,
 }  # fmt: skip
-OTHER_LR = 1e-2  # of methods that are not listed: prompts
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def compare(
     methods: Mapping[str, LoraConfig | Method],
     batches: Sequence[Batch],
     steps: int = 20,
-    lr: Mapping[str, float] = LR,
+    lr: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> list[MethodRow]:
     """Train with each method in turn.
@@ -88,7 +87,7 @@ def compare(
         methods: settings by name.
         batches: one a step, from the beginning again when they are used up.
         steps: at least 3: the second one is measured, those after it are timed.
-        lr: by name.
+        lr: by name; LR has one for each method.
         seed: of the initial values.
 
     Raises:
@@ -97,7 +96,7 @@ def compare(
     if not batches or steps < 3:
         raise ValueError(f"{len(batches)} batches and {steps} steps: at least 1 and 3 are needed")
     return [
-        _row(load(), name, config, batches, steps, lr.get(name, OTHER_LR), seed) for name, config in methods.items()
+        _row(load(), name, config, batches, steps, (lr or LR)[name], seed) for name, config in methods.items()
     ]
 
 

@@ -22,8 +22,8 @@ from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.quant import QuantConfig, quantize_model, swap_linears
 
-ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 50}
-LLAMA = {
+ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 50}
+LLAMA: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }  # fmt: skip
@@ -65,7 +65,7 @@ def assert_refused(model: nn.Module, words: list[str], act: Callable[[], object]
         assert (name, flag) == (other, other_flag) and torch.equal(tensor, value)
 
 
-Q = {"target_modules": ("q_proj",)}
+Q: dict[str, Any] = {"target_modules": ("q_proj",)}
 REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("tied", Q | {"bias": "all"}, ["bias='all'", "this model has no biases"]),
     ("tied", Q | {"bias": "lora_only"}, ["bias='lora_only'", "adapted layers have no biases"]),
@@ -136,10 +136,11 @@ def test_what_another_adapter_has_changed_in_another_way_is_refused():
     model = model_of("untied")
     minift.add_lora(model, LoraConfig(r=1, target_modules=("embed_tokens", "lm_head")), "one")
     set_adapter(model, [])
-    for options, words in (
+    cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"modules_to_save": ("lm_head",)}, ["another adapter has changed lm_head"]),
         ({"trainable_token_indices": (3,)}, ["model.embed_tokens is a LoraEmbedding"]),
-    ):
+    ]
+    for options, words in cases:
         config = LoraConfig(r=1, target_modules=("q_proj",), **options)
         assert_refused(model, words, lambda config=config: minift.add_lora(model, config, "two"))
     model = model_of("untied")

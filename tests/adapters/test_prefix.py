@@ -26,7 +26,7 @@ N = 4
 def test_the_cache_holds_the_trained_numbers_bit_for_bit(tmp_path: Path, name: str, padded: bool):
     """After q and k norms and the rotation, in the slots of each row, layer by layer: keys, then values."""
     model = minift.load_model(checkpoint(tmp_path / "model", **FAMILY_NAMES[name]))
-    add_adapter(model, PrefixTuningConfig(N))
+    add_adapter(model, PrefixTuningConfig(N, init="random"))
     config = model.config
     table = model.get_parameter("virtual.encoder.prompt_embeddings").detach()
     pads = (0, 3) if padded else (0, 0)
@@ -47,7 +47,7 @@ def test_the_cache_holds_the_trained_numbers_bit_for_bit(tmp_path: Path, name: s
 def test_what_the_slots_compute_is_never_seen(tmp_path: Path):
     """Not their embedding (that of token 0, which no word is), and it gets no gradient from the words."""
     model = minift.load_model(checkpoint(tmp_path / "model", model_type="llama", tie_word_embeddings=False))
-    add_adapter(model, PrefixTuningConfig(N))
+    add_adapter(model, PrefixTuningConfig(N, init="random"))
     ids, documents = torch.randint(3, 101, (2, 9)), torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
     expected = model(ids, None, documents)
     embedding = model.decoder.embed_tokens.weight

@@ -43,9 +43,9 @@ CASES: dict[str, tuple[VirtualMethod, str, dict[str, Any]]] = {
         PTuningConfig(N, "lstm", encoder_num_layers=3), "PromptEncoderConfig",
         {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 3},
     ),
-    "prefix": (PrefixTuningConfig(N), "PrefixTuningConfig", {}),
+    "prefix": (PrefixTuningConfig(N, init="random"), "PrefixTuningConfig", {}),
     "projection": (
-        PrefixTuningConfig(N, projection=True, encoder_hidden_size=24), "PrefixTuningConfig",
+        PrefixTuningConfig(N, projection=True, encoder_hidden_size=24, init="random"), "PrefixTuningConfig",
         {"prefix_projection": True, "encoder_hidden_size": 24},
     ),
 }  # fmt: skip

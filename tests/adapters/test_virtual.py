@@ -35,7 +35,7 @@ from minift.model.save import save_model
 from minift.train.step import backward, train_step
 
 N = 3
-METHOD = {"prompt": PromptTuningConfig(N), "mlp": PTuningConfig(N), "prefix": PrefixTuningConfig(N)}
+METHOD = {"prompt": PromptTuningConfig(N), "mlp": PTuningConfig(N), "prefix": PrefixTuningConfig(N, init="random")}
 KINDS = ["prompt", "prefix"]
 LENGTHS = (6, 1, 9, 4)
 

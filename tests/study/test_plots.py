@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -110,7 +111,7 @@ def test_the_curves_have_memory_where_it_is_known(figures: list[Figure], tmp_pat
     assert len(labels) == 4 + (known > 0) and all(labels)
     if known:
         (line,) = figures[0].axes[4].get_lines()
-        shown = [[float(value) for value in data] for data in (line.get_xdata(), line.get_ydata())]
+        shown = [np.asarray(data).astype(float).tolist() for data in (line.get_xdata(), line.get_ydata())]
         assert labels[4] == "most memory held (MB)"
         assert shown == [[4 - known + n for n in range(known)], [100.0 * (4 - known + n) for n in range(known)]]
 
