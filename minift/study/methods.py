@@ -95,9 +95,7 @@ def compare(
     """
     if not batches or steps < 3:
         raise ValueError(f"{len(batches)} batches and {steps} steps: at least 1 and 3 are needed")
-    return [
-        _row(load(), name, config, batches, steps, (lr or LR)[name], seed) for name, config in methods.items()
-    ]
+    return [_row(load(), name, config, batches, steps, (lr or LR)[name], seed) for name, config in methods.items()]
 
 
 def _row(

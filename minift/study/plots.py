@@ -186,23 +186,22 @@ def methods_plot(rows: Sequence[MethodRow], path: str | Path) -> Path:
     if not rows:
         raise ValueError("nothing to draw: no method was compared")
     panels = (
-        ("trained parameters", [row.trained for row in rows], BLUE),
-        ("peak of a step (MB)", [row.peak / 1e6 for row in rows], ORANGE),
-        ("seconds a step", [row.seconds for row in rows], GREEN),
-        ("loss after (line: before)", [row.loss_after for row in rows], VERMILION),
+        ("trained parameters", [row.trained for row in rows], BLUE, "{:,}"),
+        ("peak of a step (MB)", [row.peak / 1e6 for row in rows], ORANGE, "{:,.4g}"),
+        ("seconds a step", [row.seconds for row in rows], GREEN, "{:.3g}"),
+        ("loss after (line: before)", [row.loss_after for row in rows], VERMILION, "{:.3g}"),
     )
     figure = _figure(12, 1.5 + 0.32 * len(rows))
-    for axes, (title, values, color) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+    for axes, (title, values, color, form) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         bars = axes.barh([row.method for row in rows], values, color=color)
-        labels = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in values]
-        if title.startswith("loss"):  # within the bars: most of these end near the line
-            axes.bar_label(bars, labels, label_type="center", color="white")
+        if title.startswith("loss"):
             axes.axvline(rows[0].loss_before, color="black", linestyle="--")
-        else:
-            axes.bar_label(bars, labels, padding=2)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # bars may end near the line
+        axes.bar_label(bars, [form.format(value) for value in values], padding=3, bbox=behind)
         axes.set(title=title)
-        axes.margins(x=0.45)
+        axes.margins(x=0.6)
         if title.startswith("trained"):
             axes.set_xscale("log")
+            axes.set_xlim(min(values) / 10, max(values) * 1e4)  # room for the labels
     axes.invert_yaxis()
     return _save(figure, path)
