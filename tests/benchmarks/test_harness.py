@@ -433,7 +433,7 @@ def test_bad_arguments(arguments: list[str], sentence: str, capsys: pytest.Captu
 
 def test_without_names_all_that_make_sense():
     own = ["train", "data"]
-    rest = ["decoder", "attention", "fourbit", "blockwise", "linear", "int8", "rounding", "adamw8bit"]
+    rest = ["decoder", "attention", "fourbit", "blockwise", "linear", "int8", "lora", "rounding", "adamw8bit"]
     assert program.parse(["--device", "cpu"]).names == [*own, *rest]
     assert program.parse(["--device", "cpu", "--quick"]).names == rest
 
