@@ -35,7 +35,6 @@ from minift.study.watch import MemoryWatch
 from minift.train.config import TrainConfig
 from minift.train.loop import TrainResult, train
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 SHOWN = 5  # held-out sentences that are printed
 
 

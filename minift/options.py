@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from minift.adapters.named import NAMED, method_named, parse_settings
+
 MODEL_HELP = "A known name (see `minift models`), a Hugging Face Hub id, a folder, or a .gguf file."
-# Written out: the names are those of the library, but `minift --help` should not wait for torch.
 FORMATS, DTYPE_NAMES = ("nf4", "fp4", "int8"), ("bfloat16", "float16", "float32")
 
 
@@ -60,11 +61,6 @@ def _of_setting(setting: Field, default: Any, text: str) -> Callable:
     return click.option(flag, setting.name, type=kind, default=default, help=text)
 
 
-# Names of minift.adapters.named.NAMED, which would import torch only to show --help.
-METHOD_NAMES = (
-    "lora", "ia3", "houlsby", "pfeiffer", "parallel", "prompt-tuning", "p-tuning", "prefix-tuning", "bitfit", "norms",
-    "full",
-)  # fmt: skip
 LORA_OPTIONS = ("rank", "alpha", "dropout", "targets")
 
 
@@ -86,7 +82,7 @@ def lora_options(command: Callable) -> Callable:
 def method_options(command: Callable) -> Callable:
     """--method, --set, --prompt-text."""
     options = [
-        click.option("--method", type=click.Choice(METHOD_NAMES), default="lora", help="What to train."),
+        click.option("--method", type=click.Choice(list(NAMED)), default="lora", help="What to train."),
         click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
                      help="Another setting of the method, as often as needed: use_dora=true, init=pissa, ..."),
         click.option("--prompt-text", help="prompt-tuning: the virtual tokens begin as those of this text."),
@@ -122,8 +118,6 @@ def method_given(options: dict[str, Any], given: Collection[str], encode: Callab
         given: names of the options that were given; those of LoRA mean nothing to another method.
         encode: text -> token ids.
     """
-    from minift.adapters.named import method_named, parse_settings
-
     name, text = options.pop("method"), options.pop("prompt_text")
     settings = parse_settings(options.pop("settings"))
     lora = _lora_settings(options)

@@ -35,7 +35,6 @@ from minift.adapters.named import NAMED
 from minift.cli import DEMO, cli, main
 from minift.model.config import ModelConfig
 from minift.model.generate import Sampling, generate
-from minift.options import METHOD_NAMES
 from minift.quant.config import QuantConfig
 from minift.sources.resolve import KNOWN
 from minift.study.dataset import look_at
@@ -288,10 +287,6 @@ def test_every_method(run: Run, tiny: Path, data: Path, method: str):
     assert not torch.equal(model(torch.arange(9).unsqueeze(0)), before)
     status, stdout, _ = run("inspect", "minift-run/adapter", "--all")
     assert status == 0 and stdout.count("of the input") == len(tensors)
-
-
-def test_the_names_of_methods_are_those_of_the_library():
-    assert tuple(NAMED) == METHOD_NAMES
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class LoraConfig:
         self._check_layers()
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             for key, value in _mapping(name, getattr(self, name)).items():
-                check_pattern(name, key)
+                check_pattern(f"LoRA {name}", key)
                 check(value)
         self._check_beside()
         if self.init not in INITS and not re.fullmatch(r"pissa_niter_\d+", self.init):
@@ -107,7 +107,7 @@ class LoraConfig:
         if isinstance(value, str) and value.lower() == ALL_LINEAR:
             object.__setattr__(self, name, ALL_LINEAR)
         elif isinstance(value, str):
-            check_pattern(name, value)
+            check_pattern(f"LoRA {name}", value)
         elif isinstance(value, list | tuple | set):
             object.__setattr__(self, name, tuple(value))
         elif value is not None or name != "target_modules":
@@ -164,12 +164,12 @@ def check_alpha(alpha: object) -> None:
         raise ValueError(f"LoRA alpha must be positive, got {alpha!r}")
 
 
-def check_pattern(name: str, pattern: str) -> None:
+def check_pattern(what: str, pattern: str) -> None:
     """Refuse what is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"LoRA {name} {pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from None
 
 
 def _mapping(name: str, value: object) -> Mapping[str, object]:

@@ -31,7 +31,7 @@ Sources: Liu et al., arXiv 2205.05638; PEFT `tuners/ia3`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -41,11 +41,10 @@ from torch import Tensor, nn
 from minift.adapters.config import LoraConfig
 from minift.adapters.inject import linear_layers
 from minift.adapters.method import Method, check_settings
-from minift.adapters.targets import select
+from minift.adapters.targets import Names, listed, names_or_pattern, select
 from minift.model.decoder import CausalLM
 from minift.quant.linear import QuantizedLinear, plain_linear
 
-Names = str | tuple[str, ...]
 # PEFT's tables (TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING and ..._FEEDFORWARD_...) for the architectures that
 # are loaded here; they know nothing of phi3 and smollm3. The last of each row is its feed-forward layer.
 USUAL: dict[str, tuple[str, ...]] = {
@@ -214,27 +213,3 @@ def merge_ia3(model: CausalLM) -> list[str]:
         model.set_submodule(path, plain_linear((weight_oi * factors).to(weight_oi.dtype), bias).train(layer.training))
     model.method = None
     return list(layers)
-
-
-def names_or_pattern(what: str, value: object) -> Names | None:
-    """A list of names as a tuple, a regular expression as it is.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{what} {value!r} is not a regular expression: {error}") from None
-        return value
-    if isinstance(value, Sequence | set) and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    raise ValueError(f"{what} must be a string or a list of names, got {value!r}")
-
-
-def listed(names: Names | None) -> str | list[str] | None:
-    """For JSON."""
-    return names if isinstance(names, str) or names is None else list(names)

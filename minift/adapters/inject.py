@@ -9,6 +9,7 @@ from minift.adapters.beside import Beside, add_beside, find_beside, find_whole, 
 from minift.adapters.config import ALL_LINEAR, LoraConfig
 from minift.adapters.embedding import LoraEmbedding
 from minift.adapters.lora import LoraLinear, LowRank
+from minift.adapters.method import check_no_method
 from minift.adapters.switched import Switched, switched
 from minift.adapters.targets import select
 from minift.quant.linear import QuantizedLinear
@@ -28,8 +29,10 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, adapter: str = 
         paths of the wrapped layers.
 
     Raises:
-        ValueError: nothing matched, or something does not fit; lists the names there are.
+        ValueError: nothing matched, or something does not fit; lists the names there are. Or the model holds another
+            method.
     """
+    check_no_method(model, "LoRA")
     layers, config = adaptable_layers(model), config or LoraConfig()
     whole = find_whole(model, config)
     paths = linear_layers(model) if config.target_modules == ALL_LINEAR else layers

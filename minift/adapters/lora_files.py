@@ -16,7 +16,7 @@ not the adapter's, so they must be what the model has already.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from minift.adapters.embedding import LoraEmbedding
 from minift.adapters.folder import CONFIG, PREFIX, WEIGHTS
 from minift.adapters.inject import adaptable_layers, check_adapter_name, check_start, put
 from minift.adapters.lora import LoraLinear, LowRank
+from minift.adapters.method import check_no_method
 from minift.adapters.switched import switched
-from minift.adapters.targets import HEAD
+from minift.adapters.targets import HEAD, listed
 from minift.adapters.tied import embedding_path, plain
 from minift.quant.linear import QuantizedLinear
 
@@ -81,11 +82,11 @@ def file_content(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict
         "alpha_pattern": dict(config.alpha_pattern),
         "bias": config.bias,
         "ensure_weight_tying": config.ensure_weight_tying,
-        "exclude_modules": _names(config.exclude_modules) or None,
+        "exclude_modules": listed(config.exclude_modules) or None,
         # GPT-2's files hold linear weights transposed; A and B are the same either way.
         "fan_in_fan_out": bool(settings is not None and settings.family.transposed),
         "init_lora_weights": INITS[config.init],
-        "layers_pattern": _names(config.layers_pattern) or None,
+        "layers_pattern": listed(config.layers_pattern) or None,
         "layers_to_transform": config.layers_to_transform and list(config.layers_to_transform),
         "lora_alpha": config.alpha,
         "lora_bias": False,
@@ -98,15 +99,11 @@ def file_content(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict
         # "all-linear" is spelled out: for a model with another head it would mean other layers.
         "target_modules": sorted({path.rpartition(".")[2] for path in paths})
         if config.target_modules == ALL_LINEAR
-        else _names(config.target_modules or ()),
+        else listed(config.target_modules or ()),
         "trainable_token_indices": _tokens(config),
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
-
-
-def _names(value: str | Sequence[str]) -> str | list[str]:
-    return value if isinstance(value, str) else list(value)
 
 
 def _tokens(config: LoraConfig) -> list[int] | dict[str, list[int]] | None:
@@ -125,6 +122,7 @@ def load_lora(
     trainable: bool,
 ) -> str:
     """Add a LoRA that was read from a folder; see `load_adapter`."""
+    check_no_method(model, "LoRA")
     config = lora_config(folder / CONFIG, content)
     stray = [key for key in tensors if not key.startswith(PREFIX)]
     if stray:

@@ -95,6 +95,15 @@ def method_of(model: nn.Module) -> Method | None:
     return getattr(model, "method", None)
 
 
+def check_no_method(model: nn.Module, name: str) -> None:
+    """Refuse a second method: which of them would be trained, saved and merged is anybody's guess."""
+    held = method_of(model)
+    if held is not None:
+        raise ValueError(
+            f"the model holds {held.name} already, and {name} cannot be added to it; delete_method(model) removes it"
+        )
+
+
 def check_settings(content: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse a setting of an adapter_config.json that a method does not have, unless it is off (null, false, empty).
 

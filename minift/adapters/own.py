@@ -38,9 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from minift.adapters.config import ALL_LINEAR
-from minift.adapters.ia3 import Names, listed, names_or_pattern
 from minift.adapters.method import Method, check_settings
-from minift.adapters.targets import is_target
+from minift.adapters.targets import Names, is_target, listed, names_or_pattern, short_names
 from minift.model.decoder import CausalLM
 from minift.model.layers import RMSNorm
 from minift.quant.linear import QuantizedLinear
@@ -115,6 +114,14 @@ class OwnParameters(Method):
     def tensors(self, model: CausalLM) -> dict[str, Tensor]:
         return {self.file_name(name): model.get_parameter(name) for name in model.originals}
 
+    def to_file(self, model: CausalLM) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def of_file(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        check_settings(content, ())
+        return cls()
+
 
 @dataclass(frozen=True)
 class BitFitConfig(OwnParameters):
@@ -131,14 +138,6 @@ class BitFitConfig(OwnParameters):
         blocks = f"{family.name('decoder')}.{family.name('layers')}."
         linears = (path for path, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear))
         return [f"{path}.bias" for path in linears if path.startswith(blocks)]
-
-    def to_file(self, model: CausalLM) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def of_file(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        check_settings(content, ())
-        return cls()
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class NormConfig(OwnParameters):
         if architecture not in USUAL:
             raise ValueError(
                 f"there are no usual norms to train in {architecture!r}, only in {', '.join(USUAL)}; name "
-                f"target_modules, of {_names(norms(model))}"
+                f"target_modules, of {short_names(norms(model))}"
             )
         return USUAL[architecture]
 
@@ -182,7 +181,7 @@ class NormConfig(OwnParameters):
         each = [targets] if isinstance(targets, str) else [(name,) for name in targets]
         strange = [target for target in each if not any(is_target(path, target) for path in found)]
         if strange or not each:
-            raise ValueError(f"no norm matches target {strange or targets!r}; norms here: {_names(found)}")
+            raise ValueError(f"no norm matches target {strange or targets!r}; norms here: {short_names(found)}")
         chosen = [
             path for path in found if is_target(path, targets) and not is_target(path, self.exclude_modules or ())
         ]
@@ -234,14 +233,6 @@ class FullConfig(OwnParameters):
                 )
         return [name for name, _ in model.named_parameters()]
 
-    def to_file(self, model: CausalLM) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def of_file(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        check_settings(content, ())
-        return cls()
-
 
 def add_bias(linear: nn.Module) -> nn.Parameter:
     """Give a linear layer without a bias one of zeros, in the dtype of the layers around it."""
@@ -258,7 +249,3 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if isinstance(module, RMSNorm | nn.LayerNorm) and next(module.parameters(), None) is not None
     }
-
-
-def _names(found: Mapping[str, nn.Module]) -> str:
-    return ", ".join(sorted({path.rpartition(".")[2] for path in found})) or "none"

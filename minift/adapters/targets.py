@@ -18,11 +18,12 @@ any other until its end.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from minift.adapters.config import ALL_LINEAR, LoraConfig
+from minift.adapters.config import ALL_LINEAR, LoraConfig, check_pattern
 
+Names = str | tuple[str, ...]  # one regular expression, or a list
 HEAD = "lm_head"
 LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 QUERY_VALUE = ("q_proj", "v_proj")
@@ -71,11 +72,11 @@ def select(
         target for target in targets if not any(is_target(path, (target,)) for path in paths)
     ]  # fmt: skip
     if unmatched or not any(is_target(path, targets) for path in paths):
-        raise ValueError(f"no layer matches target {unmatched or targets!r}; layers here: {_names(paths)}")
+        raise ValueError(f"no layer matches target {unmatched or targets!r}; layers here: {short_names(paths)}")
     if not chosen:
         limits = {name: getattr(config, name) for name in LIMITS}
         given = ", ".join(f"{name}={value!r}" for name, value in limits.items() if value)
-        raise ValueError(f"{given} leaves no layer of target {targets!r}; layers here: {_names(paths)}")
+        raise ValueError(f"{given} leaves no layer of target {targets!r}; layers here: {short_names(paths)}")
     return config, chosen
 
 
@@ -111,5 +112,26 @@ def _in_layers(path: str, config: LoraConfig) -> bool:
     return number in config.layers_to_transform
 
 
-def _names(paths: Sequence[str]) -> str:
+def names_or_pattern(what: str, value: object) -> Names | None:
+    """A list of names as a tuple, a regular expression as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str):
+        check_pattern(what, value)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Sequence | set) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError(f"{what} must be a string or a list of names, got {value!r}")
+
+
+def listed(names: str | Sequence[str] | None) -> str | list[str] | None:
+    """For JSON."""
+    return names if isinstance(names, str) or names is None else list(names)
+
+
+def short_names(paths: Iterable[str]) -> str:
+    """The last parts of paths, each once."""
     return ", ".join(sorted({path.rpartition(".")[2] for path in paths})) or "none"

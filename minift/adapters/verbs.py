@@ -22,7 +22,7 @@ from minift.adapters.folder import CONFIG, PREFIX, WEIGHTS, read_adapter_weights
 from minift.adapters.ia3 import IA3Config
 from minift.adapters.inject import add_lora
 from minift.adapters.lora_files import LORA, load_lora, lora_to_file
-from minift.adapters.method import Method, method_of
+from minift.adapters.method import Method, check_no_method, method_of
 from minift.adapters.own import BitFitConfig, FullConfig, NormConfig
 from minift.adapters.prefix import PrefixTuningConfig
 from minift.adapters.prompt import PromptTuningConfig
@@ -58,7 +58,6 @@ def add_adapter(model: CausalLM, config: LoraConfig | Method, adapter: str = ONL
             and what is trained of it are as before, then.
     """
     if isinstance(config, LoraConfig):
-        check_alone(model, "LoRA")
         add_lora(model, config, adapter)
         return
     check_alone(model, config.name)
@@ -74,13 +73,9 @@ def add_adapter(model: CausalLM, config: LoraConfig | Method, adapter: str = ONL
 
 
 def check_alone(model: CausalLM, name: str) -> None:
-    """Refuse a second method: which of them would be trained, saved and merged is anybody's guess."""
-    held = method_of(model)
-    if held is not None:
-        raise ValueError(
-            f"the model holds {held.name} already, and {name} cannot be added to it; delete_method(model) removes it"
-        )
-    if name != "LoRA" and switched(model):
+    """Refuse a method that is none of LoRA beside any other."""
+    check_no_method(model, name)
+    if switched(model):
         raise ValueError(f"the model holds LoRA already, and {name} cannot be added to it; merge it first")
 
 
@@ -127,7 +122,6 @@ def load_adapter(model: CausalLM, folder: str | Path, adapter: str = ONLY, train
         )
     tensors = read_adapter_weights(folder)
     if kind == LORA:
-        check_alone(model, "LoRA")
         return load_lora(model, folder, content, tensors, adapter, trainable)
     prefix = known[kind].key_prefix
     stray = [key for key in tensors if not key.startswith(prefix)]

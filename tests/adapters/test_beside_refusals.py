@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from book_models import OPT, PHI3, on_meta
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -237,14 +238,6 @@ def test_half_of_a_tied_pair_is_read_from_a_file_as_it_was_trained(tmp_path: Pat
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
-OPT_350M = transformers.OPTConfig(  # facebook/opt-350m
-    vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
-    word_embed_proj_dim=512, do_layer_norm_before=False, max_position_embeddings=2048,
-)  # fmt: skip
-PHI3_MINI = transformers.Phi3Config(  # microsoft/Phi-3-mini-4k-instruct
-    vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, pad_token_id=32000, tie_word_embeddings=False,
-)  # fmt: skip
 QV = ("q_proj", "v_proj")
 PHI3_TARGETS = ("o_proj", "qkv_proj", "gate_up_proj", "down_proj")
 
@@ -253,18 +246,18 @@ PHI3_TARGETS = ("o_proj", "qkv_proj", "gate_up_proj", "down_proj")
 @pytest.mark.parametrize(
     ("base", "options", "trained", "total", "percent"),
     [
-        (OPT_350M, {"target_modules": QV}, 786_432, 331_982_848, 0.2369),
-        (OPT_350M, {"target_modules": QV, "modules_to_save": ("layer_norm",)}, 884_736, 332_081_152, 0.2664),
+        (OPT, {"target_modules": QV}, 786_432, 331_982_848, 0.2369),
+        (OPT, {"target_modules": QV, "modules_to_save": ("layer_norm",)}, 884_736, 332_081_152, 0.2664),
         (
-            OPT_350M,
+            OPT,
             {"target_modules": QV, "modules_to_save": ("layer_norm", "embed_tokens"), "ensure_weight_tying": True},
             26_624_000,
             357_820_416,
             7.4406,
         ),
         # In the book's PEFT, the head is untied then, and its 50272 * 512 numbers count again: 358,128,384 (0.3330 %).
-        (OPT_350M, {"target_modules": (*QV, "embed_tokens")}, 1_192_704, 358_128_384 - 50_272 * 512, 0.3588),
-        (PHI3_MINI, {"target_modules": PHI3_TARGETS}, 12_582_912, 3_833_662_464, 0.3282),
+        (OPT, {"target_modules": (*QV, "embed_tokens")}, 1_192_704, 358_128_384 - 50_272 * 512, 0.3588),
+        (PHI3, {"target_modules": PHI3_TARGETS}, 12_582_912, 3_833_662_464, 0.3282),
     ],
     ids=["opt", "opt + norms", "opt + norms + embedding", "opt, LoRA on the embedding", "phi3"],
 )
@@ -276,8 +269,7 @@ def test_the_counts_of_the_book(
     percent: float,
     quantize: bool,
 ):
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(base.to_dict()))
+    model = on_meta(base)
     if quantize:
         swap_linears(model, QuantConfig())
     minift.add_lora(model, LoraConfig(r=8, **options))

@@ -6,32 +6,22 @@ from typing import Any
 import peers
 import pytest
 import torch
-import transformers
+from book_models import OPT, PHI3, on_meta
 from torch import nn
 
 import minift
 from minift.adapters.ia3 import IA3Config
 from minift.adapters.kbit import POLICIES, SCALES, bytes_by_kind, prepare_for_kbit_training
-from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.quant import QuantConfig, QuantizedLinear, swap_linears
 
-PHI3 = transformers.Phi3Config(  # microsoft/Phi-3-mini-4k-instruct
-    vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, pad_token_id=32000, tie_word_embeddings=False,
-)  # fmt: skip
-OPT = transformers.OPTConfig(  # facebook/opt-350m
-    vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
-    word_embed_proj_dim=512, do_layer_norm_before=False, max_position_embeddings=2048,
-)  # fmt: skip
 PHI3_ROTARY = 32 * 48 * 4  # in the book's transformers each layer held a table of 48 fp32 numbers
 FREE = [("float16", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]  # the rest, and compute
 
 
-def on_meta(config: Any, dtype: torch.dtype, quantize: str = "nf4") -> CausalLM:
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(config.to_dict())).to(dtype)
-    swap_linears(model, QuantConfig(quantize))
+def quantized(config: Any, dtype: torch.dtype) -> CausalLM:
+    model = on_meta(config, dtype)
+    swap_linears(model, QuantConfig())
     return model
 
 
@@ -47,7 +37,7 @@ def test_phi3_mini_is_the_books_2206_mb_and_2651_mb():
     """The book prepares with PEFT's policy and adds LoRA of rank 8 to all four linears of a block."""
     sizes = {}
     for policy in POLICIES:
-        model = on_meta(PHI3, torch.bfloat16)
+        model = quantized(PHI3, torch.bfloat16)
         assert as_the_book_counts(model) + PHI3_ROTARY == 2_206_347_264
         prepared = prepare_for_kbit_training(model, policy)
         assert bytes_by_kind(model) == prepared.after
@@ -61,7 +51,7 @@ def test_phi3_mini_is_the_books_2206_mb_and_2651_mb():
 @pytest.mark.parametrize(("dtype", "before"), [(torch.float32, 264_151_040), (torch.float16, 207_835_136)])
 def test_opt_350m_is_the_books_264_mb(dtype: torch.dtype, before: int):
     """Loaded in fp32 there is nothing to cast (so the book's figure does not move); loaded in fp16 it gets as large."""
-    model = on_meta(OPT, dtype)
+    model = quantized(OPT, dtype)
     assert as_the_book_counts(model) == before
     prepared = prepare_for_kbit_training(model, "peft")
     assert as_the_book_counts(model) == 264_151_040

@@ -16,6 +16,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from checkpoints import assert_as_close
 from torch import Tensor, nn
 
 import minift
@@ -243,13 +244,7 @@ def assert_model_equals_peft(ours: nn.Module, theirs: Any, reference: Any, ids: 
         gradients = torch.autograd.grad(loss(logits) if logits.dtype != torch.float64 else logits.square().mean(),
                                         tuple(parameters.values()))  # fmt: skip
         runs.append({"logits": logits.detach()} | dict(zip(parameters, gradients, strict=True)))
-    mine, other, exact = runs
-    largest = {key: value.abs().max().item() for key, value in exact.items()}
-    assert min(largest.values()) > 0
-    rounding = max((other[key] - exact[key]).abs().max().item() / largest[key] for key in exact)
-    assert 0 < rounding < 1e-4
-    for key, value in mine.items():
-        assert (value - other[key]).abs().max().item() <= 4 * rounding * largest[key], key
+    assert_as_close(*runs)
 
 
 @pytest.mark.parametrize("targets", TARGETS)

@@ -254,6 +254,7 @@ def test_one_method_at_a_time(tiny: Path, tmp_path: Path, method: type[Method]):
     for model, refused, message in (
         (ours, lambda: add_adapter(ours, PfeifferConfig()), f"holds {method.name} already, and pfeiffer cannot"),
         (ours, lambda: add_adapter(ours, minift.LoraConfig()), f"holds {method.name} already, and LoRA cannot"),
+        (ours, lambda: minift.add_lora(ours), f"holds {method.name} already, and LoRA cannot"),
         (ours, lambda: load_adapter(ours, folder), rf"holds {method.name} already.*delete_method\(model\)"),
         (ours, lambda: load_adapter(ours, lora_folder), f"holds {method.name} already, and LoRA cannot"),
         (lora, lambda: add_adapter(lora, method()), f"holds LoRA already, and {method.name} cannot"),

@@ -10,30 +10,16 @@ Phi-3 layer also held a rotary table of 48 fp32 numbers.
 import pytest
 import torch
 import transformers
+from book_models import OPT, PHI3, on_meta
 from torch import nn
 
 import minift
 from minift.adapters.inject import count_parameters
-from minift.model.config import ModelConfig
-from minift.model.decoder import CausalLM
 from minift.quant import QuantConfig, QuantizedLinear, codebook, quantize_4bit, swap_linears
 from minift.study.memory import footprint, module_table
 
-PHI3 = transformers.Phi3Config(  # microsoft/Phi-3-mini-4k-instruct
-    vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, pad_token_id=32000, tie_word_embeddings=False,
-)  # fmt: skip
-OPT = transformers.OPTConfig(  # facebook/opt-350m
-    vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
-    word_embed_proj_dim=512, do_layer_norm_before=False, max_position_embeddings=2048,
-)  # fmt: skip
 PHI3_LINEARS = 3_623_878_656
 OPT_LINEARS = 303_038_464
-
-
-def on_meta(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    with torch.device("meta"):
-        return CausalLM(ModelConfig.from_dict(config.to_dict())).to(dtype)
 
 
 def phi3(quantize: QuantConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
