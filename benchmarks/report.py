@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import times, whiskers, why_not
 from minift.atomic import atomic_file
-from minift.study.plots import BLUE, ORANGE
+from minift.study.picture import BLUE, ORANGE
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLOT = "ratios.png"

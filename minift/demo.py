@@ -30,7 +30,7 @@ from minift.model.generate import generate_batch
 from minift.model.load import load_model
 from minift.model.sampling import GREEDY
 from minift.study.memory import name_of, peak_memory
-from minift.study.plots import loss_curve
+from minift.study.plots.runs import loss_curve
 from minift.study.watch import MemoryWatch
 from minift.train.config import TrainConfig
 from minift.train.loop import TrainResult, train
@@ -91,7 +91,7 @@ def run_demo(
     seconds = sum(record.seconds for record in result.steps)
     trained_tokens = sum(record.trained_tokens for record in result.steps)
     _save_answers(result.output_dir / "answers.json", heldout, before, after)
-    loss_curve(result.steps, result.output_dir / "loss.png", f"{model_name}: training loss")
+    loss_curve(result.steps, f"{model_name}: training loss").save(result.output_dir / "loss.png")
     say(f"\nHeld-out   {shares[1]:.0%} of {len(heldout)} sentences in the right word order (before: {shares[0]:.0%})")
     say(f"Loss       {first.loss:.3f} -> {last.loss:.3f} in {len(result.steps)} steps")
     say(

@@ -147,7 +147,7 @@ def test_all_rooms_are_known():
         ("minift.data.encode", "from minift.model.config import ModelConfig"),
         ("minift.numerics.dtypes", "from minift.sources.resolve import resolve"),
         ("minift.atomic", "from minift.sources.resolve import resolve"),
-        ("minift.train.loop", "from minift.study.plots import plot"),
+        ("minift.train.loop", "from minift.study.plots.runs import plot"),
         ("minift.train.loop", "from minift.cellar import wine"),
         ("minift.cellar", "from minift.quant import codebook"),
         ("minift_kernels.fourbit", "from minift.quant.codebooks import codebook"),

@@ -20,23 +20,19 @@ sight. Then padding sees more in training than is drawn here, and what comes of 
 Left out: layers that see a window while others do not; ask for the mask of each.
 """
 
-import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from minift.atomic import atomic_file
 from minift.data.collate import Batch
 from minift.data.encode import IGNORE
 from minift.model.attention import Visible
-from minift.study.plots import BLUE, ORANGE
+from minift.study.picture import BLUE, ORANGE, Picture, new_figure
 
 TEXT_LIMIT = 64  # tokens; more do not fit a terminal
-GREY = "#BBBBBB"
+LIGHT = "#BBBBBB"
 NAMED = 12  # documents whose names fit beside a picture
 GRID = 24  # tokens that can be told one by one
 
@@ -108,28 +104,15 @@ def _ranges(seen_t: Tensor) -> str:
     return ", ".join(runs)
 
 
-@dataclass(frozen=True, repr=False)
-class Picture:
-    """A PNG file. A notebook shows it."""
-
-    png: bytes
-
-    def _repr_png_(self) -> bytes:
-        return self.png
-
-
-def mask_picture(batch: Batch, path: str | Path | None = None, window: int | None = None, rows: int = 4) -> Picture:
+def mask_picture(batch: Batch, window: int | None = None, rows: int = 4) -> Picture:
     """The masks of the first `rows` rows side by side.
 
     Args:
-        path: file to write as well.
         window: as for `mask_of`.
 
     Raises:
         ValueError: rows below 1.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import; draws without a display
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -138,25 +121,18 @@ def mask_picture(batch: Batch, path: str | Path | None = None, window: int | Non
     count = batch.input_ids_bs.shape[0]
     seen_bst = mask_of(batch, window)
     shown = min(rows, count)
-    figure = Figure(figsize=(max(6.5, 4.5 * shown + 1), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(6.5, 4.5 * shown + 1), 5)
     for row, axes in enumerate(figure.subplots(1, shown, squeeze=False)[0]):
         _draw(axes, batch, row, seen_bst[row])
     legend = [
         Patch(color=BLUE, label="query sees key"),
-        Patch(color=GREY, label="padding sees padding"),
+        Patch(color=LIGHT, label="padding sees padding"),
         Line2D([], [], marker="<", color=ORANGE, linestyle="none", label="next token is trained"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
     if count > shown:
         figure.suptitle(f"the first {shown} of {count} rows")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    picture = Picture(file.getvalue())
-    if path is not None:
-        with atomic_file(Path(path)) as place:
-            place.write_bytes(picture.png)
-    return picture
+    return Picture.of(figure)
 
 
 def _draw(axes: Any, batch: Batch, row: int, seen_st: Tensor) -> None:
@@ -165,7 +141,7 @@ def _draw(axes: Any, batch: Batch, row: int, seen_st: Tensor) -> None:
     s, found = len(seen_st), parts(batch, row)
     color_st = seen_st.long()
     color_st[batch.documents_bs[row] < 0] *= 2
-    colors = ListedColormap(["white", BLUE, GREY])
+    colors = ListedColormap(["white", BLUE, LIGHT])
     # Between white and grey lies blue, so nothing may be smoothed.
     axes.imshow(color_st.cpu().numpy(), cmap=colors, vmin=0, vmax=2, interpolation="nearest")
     predicting = (batch.labels_bs[row, 1:] != IGNORE).nonzero().flatten().tolist()
@@ -181,5 +157,5 @@ def _draw(axes: Any, batch: Batch, row: int, seen_st: Tensor) -> None:
     if s <= GRID:
         axes.set_xticks(range(s))
         for place in range(1, s):
-            axes.axhline(place - 0.5, color=GREY, linewidth=0.3)
-            axes.axvline(place - 0.5, color=GREY, linewidth=0.3)
+            axes.axhline(place - 0.5, color=LIGHT, linewidth=0.3)
+            axes.axvline(place - 0.5, color=LIGHT, linewidth=0.3)

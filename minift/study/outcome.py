@@ -1,14 +1,14 @@
 """What is said and drawn at the end of a run."""
 
-from minift.study.plots import loss_curve, run_curves
+from minift.study.plots.runs import loss_curve, run_curves
 from minift.train.loop import TrainResult
 
 
 def outcome(result: TrainResult, model: str) -> str:
     """Draw the curves of a finished run into its folder, and say in a few lines how it ended and how to go on."""
     steps, output = result.steps, result.output_dir
-    pictures = [loss_curve(steps, output / "loss.png", f"{model}: training loss")]
-    pictures.append(run_curves(steps, output / "curves.png", model))
+    pictures = [loss_curve(steps, f"{model}: training loss").save(output / "loss.png")]
+    pictures.append(run_curves(steps, model).save(output / "curves.png"))
     lines = [f"Loss {steps[0].loss:.3f} -> {steps[-1].loss:.3f} in {len(steps)} steps"]
     if result.stopped_early:
         lines.append("Stopped early: the evaluation loss no longer fell")

@@ -38,7 +38,7 @@ from minift.data.collate import Batch
 from minift.data.encode import IGNORE, Example
 from minift.data.tokenizer import Tokenizer
 from minift.study.mask import parts
-from minift.study.plots import BLUE, ORANGE
+from minift.study.picture import BLUE, ORANGE
 
 WIDTH = 100  # columns; a line ends before, or at a line break of the text
 VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}

@@ -14,8 +14,8 @@ import minift
 from minift.data.collate import Batch, share_prefix, stack
 from minift.data.encode import IGNORE, Example
 from minift.model.attention import SharedPrefix, after_prefix, eager
-from minift.study.mask import GREY, TEXT_LIMIT, mask_of, mask_picture, mask_text
-from minift.study.plots import BLUE, ORANGE
+from minift.study.mask import LIGHT, TEXT_LIMIT, mask_of, mask_picture, mask_text
+from minift.study.picture import BLUE, ORANGE
 
 
 def document(*ids: int, trained: int = 1) -> Example:
@@ -176,7 +176,7 @@ def test_every_cell_has_its_colour(make):
             y = round(top + (query + 0.5) * (bottom - top) / s)
             for key in range(s):
                 x = round(first + (key + 0.5) * (last - first) / s)
-                color = (GREY if documents[query] < 0 else BLUE) if mask_st[query, key] else "#FFFFFF"
+                color = (LIGHT if documents[query] < 0 else BLUE) if mask_st[query, key] else "#FFFFFF"
                 assert is_color(image[y, x], color), (query, key)
 
 
@@ -190,7 +190,8 @@ def test_lines_whose_next_token_is_trained_are_marked():
 
 
 def test_a_notebook_shows_it_and_a_file_holds_it(tmp_path: Path):
-    picture = mask_picture(packed(), tmp_path / "new" / "mask.png")
+    picture = mask_picture(packed())
+    picture.save(tmp_path / "new" / "mask.png")
     assert picture._repr_png_() == (tmp_path / "new" / "mask.png").read_bytes()
     assert picture.png.startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["mask.png"]

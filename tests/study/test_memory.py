@@ -26,7 +26,7 @@ from minift.study.memory import (
     module_table,
     peak_memory,
 )
-from minift.study.plots import loss_curve
+from minift.study.plots.runs import loss_curve
 from minift.train.loop import StepRecord
 
 FORMATS = [None, "nf4", "fp4", "int8", QuantConfig(double_quant=False), QuantConfig(blocksize=256)]
@@ -241,7 +241,7 @@ def records(count: int) -> list[StepRecord]:
 @pytest.mark.parametrize("count", [1, 2, 50])
 def test_the_loss_curve_is_a_png(tmp_path: Path, count: int):
     path = tmp_path / "pictures/loss.png"
-    assert loss_curve(records(count), str(path), "a < b & $c") == path
+    assert loss_curve(records(count), "a < b & $c").save(str(path)) == path
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", content[16:24])
@@ -251,13 +251,13 @@ def test_the_loss_curve_is_a_png(tmp_path: Path, count: int):
 
 
 def test_another_run_is_another_picture(tmp_path: Path):
-    pictures = [loss_curve(records(n), tmp_path / "loss.png").read_bytes() for n in (5, 6)]
+    pictures = [loss_curve(records(n)).png for n in (5, 6)]
     assert pictures[0] != pictures[1]
 
 
 def test_no_steps_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="the run has no steps"):
-        loss_curve([], tmp_path / "loss.png")
+        loss_curve([])
     assert not list(tmp_path.iterdir())
 
 
@@ -267,4 +267,4 @@ def test_drawing_needs_no_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    loss_curve(records(3), tmp_path / "loss.png")
+    loss_curve(records(3)).save(tmp_path / "loss.png")

@@ -85,15 +85,15 @@ def test_every_method_is_there():
 
 def test_table_and_picture(rows: list[MethodRow], tmp_path: Path):
     pytest.importorskip("matplotlib")
-    from minift.study.plots import methods_plot
+    from minift.study.plots.runs import methods_plot
 
     lines = format_methods(rows).split("\n")
     assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + len(rows)
     assert lines[0].split()[:3] == ["method", "trained", "share"]
     assert lines[-1].split()[:3] == ["full", "98,624", "100.000%"]
-    assert methods_plot(rows, tmp_path / "methods.png").read_bytes()[:4] == b"\x89PNG"
+    assert methods_plot(rows).png[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no method was compared"):
-        methods_plot([], tmp_path / "none.png")
+        methods_plot([])
 
 
 def test_too_little(tiny: Path, batches: list[Batch]):

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from minift.study.outcome import outcome
-from minift.study.plots import run_curves
+from minift.study.plots.runs import run_curves
 from minift.train.loop import TrainResult
 from minift.train.records import StepRecord
 
@@ -26,7 +26,7 @@ def test_curves_hold_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw))[1])
-    path = run_curves(records(evaluated), tmp_path / "curves.png", "a title")
+    path = run_curves(records(evaluated), "a title").save(tmp_path / "curves.png")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     drawn = [[np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()] for axes in figures[0].axes]
     looks = [[1.5]] if evaluated else []
@@ -34,7 +34,7 @@ def test_curves_hold_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         [[3.0, 1.5, 1.0], *looks], [[1e-3, 5e-4, 1e-3 / 3]], [[0.5, 1.0, 1.5]], [[0.1, 0.2, pytest.approx(0.3)]]
     ]  # fmt: skip
     with pytest.raises(ValueError, match="nothing to draw"):
-        run_curves([], path)
+        run_curves([])
 
 
 def test_what_is_said_at_the_end(tmp_path: Path):

@@ -341,9 +341,9 @@ def test_data_cannot_write_html(tiny: Path):
 
 
 def test_html_takes_the_pictures_colours(tokenizer: minift.Tokenizer):
-    from minift.study import plots
+    from minift.study.picture import BLUE, ORANGE
 
     source = show_batch(tokenizer, minift.collate(two(tokenizer), pad_id=2))._repr_html_()
-    trained, padded = (re.findall(pattern, source) for pattern in (r"<u[^>]*>", rf"<span[^>]*{plots.ORANGE}[^>]*>"))
+    trained, padded = (re.findall(pattern, source) for pattern in (r"<u[^>]*>", rf"<span[^>]*{ORANGE}[^>]*>"))
     assert (len(trained), len(padded)) == (1 + 7, 1)  # the legend names what is trained
-    assert all(plots.BLUE in tag and "underline" in tag for tag in trained)
+    assert all(BLUE in tag and "underline" in tag for tag in trained)
