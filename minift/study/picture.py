@@ -27,7 +27,7 @@ class Picture:
     def of(cls, figure: Any) -> "Picture":
         """Render a matplotlib figure."""
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})  # no version: the same bytes
         return cls(file.getvalue())
 
     def save(self, path: str | Path) -> Path:
