@@ -19,7 +19,9 @@ from notebooks.outputs import differences, run, stored, studies, write
 def main(numbers: tuple[str, ...], check: bool) -> None:
     chosen = [path for path in studies() if not numbers or path.name.startswith(numbers)]
     if not chosen:
-        raise click.UsageError(f"no notebook begins with {' or '.join(numbers)}; there are {[p.stem for p in studies()]}")
+        raise click.UsageError(
+            f"no notebook begins with {' or '.join(numbers)}; there are {[p.stem for p in studies()]}"
+        )
     bad = False
     for path in chosen:
         start = time.monotonic()

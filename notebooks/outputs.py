@@ -1,8 +1,8 @@
 """What a notebook shows: run it, make its outputs the same on every run, compare them with those that are stored.
 
 Text is compared word by word, numbers within 2 % (two machines add in different orders), pictures by the brightness of
-small squares (two versions of matplotlib place a letter differently). A cell with the tag `varies` shows what belongs to
-one machine: only what kind of output it has is compared.
+small squares (two versions of matplotlib place a letter differently). A cell with the tag `varies` shows what belongs
+to one machine: only what kind of output it has is compared.
 """
 
 import base64
@@ -46,8 +46,8 @@ def run(path: Path) -> NotebookNode:
     with tempfile.TemporaryDirectory() as folder:
         # The kernel has no colours in its errors and no display.
         os.environ.update(MPLBACKEND="agg", NO_COLOR="1", PYTHON_COLORS="0")
-        client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}})
-        client.execute()
+        place = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=place).execute()
         return normalised(notebook, path, (folder, str(Path.home()), str(FOLDER.parent)))
 
 
@@ -104,7 +104,7 @@ def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
 def write(notebook: NotebookNode, path: Path) -> None:
     """Store a notebook, whole or not at all."""
     place = path.with_suffix(".ipynb.new")
-    place.write_text(nbformat.writes(notebook, version=4) + "\n", encoding="utf-8")
+    place.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     os.replace(place, path)
 
 

@@ -1,6 +1,8 @@
-"""What every test shares: no network, the tiny checkpoints, the real model."""
+"""What every test shares: no network, the tiny checkpoints, the real model, the packages that are not installed."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import peers
@@ -11,6 +13,16 @@ import torch
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# `benchmarks` and `notebooks` lie at the root, which stays off sys.path for everything else: there `kernels/` would
+# look like somebody else's package. The entry `tests` of sys.path holds folders of these names, too, but a folder
+# without `__init__.py` gives way to a package wherever on the path that is; once imported, its modules are found
+# through it.
+_before = list(sys.path)
+sys.path.append(str(Path(__file__).parents[1]))
+for _name in ("benchmarks", "notebooks"):
+    importlib.import_module(_name)
+sys.path[:] = _before
 
 
 @pytest.fixture(scope="session")
