@@ -10,6 +10,7 @@ the model has no place for, and also a place for which the file has no key. (PEF
 without the adapter.)
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -98,6 +99,12 @@ def save_adapter(model: CausalLM, folder: str | Path, adapter: str = ONLY) -> Pa
         check_only(method.name, adapter)
         prefix, tensors = method.key_prefix, method.tensors(model)
         content = {"peft_type": method.peft_type, **method.to_file(model)}
+    if model.resized and not any("embed_tokens" in name or "lm_head" in name for name in tensors):
+        warnings.warn(
+            f"the embedding has been resized to {model.config.vocab_size} rows, and the adapter in {folder} holds none "
+            "of them: whoever loads it must call resize_embeddings first, or save the whole model (save_model)",
+            stacklevel=2,
+        )
     write_folder(folder, model, {prefix + name: tensor for name, tensor in tensors.items()}, content)
     return Path(folder)
 

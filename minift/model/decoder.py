@@ -101,6 +101,7 @@ class CausalLM(Part):
     Attributes:
         name: what the model was loaded as; adapters record it as their base.
         folder: where its files are; None for a model that was not loaded.
+        resized: whether the embedding has other rows than when it was loaded, of which an adapter's file says nothing.
         virtual: tokens that are no words, in front of every document (adapters/virtual.py); None: there are none.
 
     Raises:
@@ -118,6 +119,7 @@ class CausalLM(Part):
         self.attention = ATTENTION[attention]
         self.name = ""
         self.folder: Path | None = None
+        self.resized = False
         self.virtual: Virtual | None = None
         self.decoder = Decoder(config)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)

@@ -50,12 +50,15 @@ def generate_tokens(
     A row that has produced one of `stop_ids` goes on yielding that token.
 
     Raises:
-        ValueError: an empty prompt, or prompt and new tokens exceed the model's context.
+        ValueError: an empty prompt, a token without embedding, or prompt and new tokens exceed the model's context.
     """
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     virtual = model.virtual_tokens
     if min(map(len, prompts)) == 0:
         raise ValueError("cannot generate from an empty prompt")
+    highest, rows = max(map(max, prompts)), model.config.vocab_size
+    if highest >= rows:
+        raise ValueError(f"token {highest} of a prompt has no row in the embedding of {rows}: call resize_embeddings")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if virtual + longest + max_new_tokens > context:

@@ -90,6 +90,7 @@ def resize_embeddings(model: CausalLM, tokens: int, multiple_of: int = 1, shrink
         head.bias = _resized(head.bias, wanted)
     raw = model.config.raw and model.config.raw | {"vocab_size": wanted}
     model.config = replace(model.config, vocab_size=wanted, raw=raw)
+    model.resized = True
     return Resized(old_rows, wanted, tied)
 
 

@@ -51,7 +51,7 @@ from minift.train.config import TrainConfig
 from minift.train.evaluate import evaluate
 from minift.train.faults import is_out_of_memory, out_of_memory
 from minift.train.folder import LOG, RunFolder, run_folder, write_log
-from minift.train.plan import Plan, encoded, evaluation_batches, examine_rows, prepare
+from minift.train.plan import Plan, check_ids, check_trainable, encoded, evaluation_batches, examine_rows, prepare
 from minift.train.policy import format_precision, precision_table
 from minift.train.progress import progress_bar
 from minift.train.records import StepRecord, best_step, has_stalled
@@ -112,6 +112,7 @@ def train(
         OSError: the folder cannot be written to.
     """
     config = config or TrainConfig()
+    check_trainable(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
     if eval_rows is None and config.eval_every:
@@ -124,6 +125,7 @@ def train(
     plan = Plan(prepare(examples, tokenizer, config, say), tokenizer.pad_id or 0, config, share)
     plan.check()
     to_evaluate = evaluation_batches(evaluated, tokenizer, config) if eval_rows is not None else []
+    check_ids([*plan.rows, *to_evaluate], tokenizer, model.config.vocab_size)
     say(format_precision(precision_table(model, optimizer)))
     output = Path(config.output_dir)
     identity = fingerprint(examples, model, config, evaluated)

@@ -5,6 +5,8 @@ rows of the data set -> examples (examined) -> rows that can be drawn (an exampl
 
 from collections.abc import Callable, Sequence
 
+from minift.adapters.method import method_of
+from minift.adapters.switched import switched
 from minift.data.batching import by_length, order
 from minift.data.cache import cache_key, find, keep
 from minift.data.collate import Batch, collate, share_prefix, stack
@@ -14,6 +16,8 @@ from minift.data.packing import lay_out, pack_report
 from minift.data.report import DataReport, examine
 from minift.data.store import flat
 from minift.data.tokenizer import Tokenizer
+from minift.model.decoder import CausalLM
+from minift.quant.linear import QuantizedLinear
 from minift.train.config import TrainConfig
 
 
@@ -84,6 +88,28 @@ def evaluation_batches(examples: Sequence[Example], tokenizer: Tokenizer, config
     groups = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
     batches = [stack(group, tokenizer.pad_id or 0) for group in groups]
     return [share_prefix(batch) for batch in batches] if config.share_prefix else batches
+
+
+def check_trainable(model: CausalLM) -> None:
+    """Refuse a quantized model without an adapter: its weights have no gradient, only those around them have one."""
+    path = next((path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)), None)
+    if path is not None and not switched(model) and method_of(model) is None:
+        raise ValueError(
+            f"{path} is quantized, so it has no gradient, and the model has no adapter: only embeddings and norms "
+            "would be trained; add an adapter (add_lora), or load the model without quantization"
+        )
+
+
+def check_ids(rows: Sequence[Batch], tokenizer: Tokenizer, embedding_rows: int) -> None:
+    """Refuse tokens that the embedding has no row for, which a GPU reports as a "device-side assert", too late."""
+    for row in rows:
+        highest = int(row.input_ids_bs.max())
+        if highest >= embedding_rows:
+            raise ValueError(
+                f"token {highest} ({tokenizer.decode([highest])!r}) has no row in the embedding, which has "
+                f"{embedding_rows}: call resize_embeddings(model, len(tokenizer)) before adapters are added, or take "
+                "the tokenizer that belongs to the model"
+            )
 
 
 class Plan:

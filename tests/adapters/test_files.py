@@ -451,3 +451,18 @@ def test_a_full_disk_leaves_the_old_adapter_intact(
     assert error.value.errno == errno.ENOSPC
     assert {path.name: path.read_bytes() for path in saved.glob("*")} == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name] * existing  # no half-written folder beside it
+
+
+def test_rows_of_a_resized_embedding_that_the_file_lacks_are_said(tiny: Path, tmp_path: Path):
+    model = minift.load_model(tiny)
+    rows = model.config.vocab_size + 8
+    minift.resize_embeddings(model, rows)
+    minift.add_lora(model, LoraConfig())
+    with pytest.warns(UserWarning, match=rf"resized to {rows} rows.*resize_embeddings"):
+        minift.save_adapter(model, tmp_path / "without")
+    model = minift.load_model(tiny)
+    minift.resize_embeddings(model, rows)
+    minift.add_lora(model, LoraConfig(modules_to_save=("embed_tokens",), ensure_weight_tying=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minift.save_adapter(model, tmp_path / "with")

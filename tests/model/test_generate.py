@@ -38,7 +38,7 @@ class Scripted:
     ):
         self.config = SimpleNamespace(
             max_position_embeddings=context, eos_token_ids=eos, num_hidden_layers=0, num_key_value_heads=1, head_dim=2,
-            generation=generation, rope={"rope_type": "default"},
+            generation=generation, rope={"rope_type": "default"}, vocab_size=1 << 20,
         )  # fmt: skip
         self.following = logits
 
@@ -162,6 +162,14 @@ def test_the_context_can_be_filled_but_not_exceeded(tiny: Path):
 def test_an_empty_prompt_is_refused(prompts: list[list[int]]):
     with pytest.raises(ValueError, match="empty prompt"):
         next(generate_tokens(successor(CHAIN), prompts, 3))
+
+
+def test_a_token_without_an_embedding_is_refused(tiny: Path):
+    model = minift.load_model(tiny)
+    rows = model.config.vocab_size
+    assert len(list(generate_tokens(model, [[rows - 1]], 1))) == 1
+    with pytest.raises(ValueError, match=f"token {rows} of a prompt.*embedding of {rows}.*resize_embeddings"):
+        next(generate_tokens(model, [[1], [2, rows, 3]], 1))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

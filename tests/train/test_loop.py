@@ -291,3 +291,30 @@ def test_training_works_outside_the_main_thread(tiny: Path, tmp_path: Path, make
     thread.start()
     thread.join()
     assert results and results[0].finished
+
+
+# --- what could be trained, but not as meant
+
+
+def test_a_quantized_model_without_an_adapter_is_refused(tiny: Path, tmp_path: Path):
+    model = minift.load_model(tiny, quantize="nf4")
+    with pytest.raises(ValueError, match=r"layers\.0\..*is quantized.*no adapter.*add_lora"):
+        run(model, tiny, ROWS, config(tmp_path))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_token_without_an_embedding_is_refused_before_the_first_step(tiny: Path, tmp_path: Path):
+    tokenizer, model = minift.load_tokenizer(tiny), minift.load_model(tiny)
+    (new,) = tokenizer.add_tokens(["<|yoda|>"], special=False)
+    minift.add_lora(model, minift.LoraConfig())
+    rows = [{"text": "plain"}, {"text": "a <|yoda|> b"}]
+    known = model.config.vocab_size
+    assert new >= known
+    settings = config(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=rf"token {new} \('<\|yoda\|>'\).*{known}: call resize_embeddings"):
+        train(model, tokenizer, rows, settings)
+    assert [*tmp_path.iterdir()] == []
+    model = minift.load_model(tiny)
+    minift.resize_embeddings(model, len(tokenizer))
+    minift.add_lora(model, minift.LoraConfig())
+    assert train(model, tokenizer, rows, settings).finished
