@@ -27,6 +27,7 @@ from minift.options import (
     method_given,
     method_options,
     model_options,
+    trace_options,
     train_options,
 )
 
@@ -345,6 +346,42 @@ def memory(model: str, full: bool, budget: str | None, **options: Any) -> None:
     lora = lora_of(options := options | {"alpha": 16, "dropout": 0.0})
     setting = setting_of(resolve(model), None if full else lora, **options)
     click.echo(predict(setting).format() + (f"\n\n{format_fit(setting, limit)}" if limit else ""))
+
+
+@cli.command()
+@model_options()
+@trace_options
+@attention_option
+@lora_options
+def trace(
+    model: str, data: str | None, row: int, steps: int, output: str, attention: str | None, **options: Any
+) -> None:
+    """Follow one row of text through everything, from template to changed answer, as one page.
+
+    Its tokens, labels, pack, mask, logits, loss, gradients, optimizer state, pages and weights in some steps of LoRA
+    on that row alone, without dropout. Nothing of the training is kept but the page.
+    """
+    import torch
+
+    import minift
+    from minift.demo import yoda_rows
+    from minift.study import trace as study
+    from minift.study.show import harmless
+
+    machine, lora, config = machine_of(options), lora_of(options), minift.TrainConfig(**options)
+    rows = minift.read_dataset(data) if data else yoda_rows("train")
+    if not 1 <= row <= len(rows):
+        raise ValueError(f"--row {row}: {data or 'the embedded data'} holds {len(rows)} rows, counted from 1")
+    tokenizer = minift.load_tokenizer(model)
+    loaded = minift.load_model(model, *machine, attention)
+    torch.manual_seed(0)
+    minift.add_lora(loaded, lora)
+    with study.progress(steps) as report:
+        found = study.trace(loaded, tokenizer, rows, row - 1, config, steps, report=report)
+    if output == "-":
+        return click.echo(found)
+    before, after = (" ".join(harmless(answer).split()) for answer in found.numbers.answers)
+    click.echo(f"Before  {before}\nAfter   {after}\nSaved   {found.save(output)}")
 
 
 @cli.command()

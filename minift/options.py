@@ -162,3 +162,22 @@ def data_options(command: Callable) -> Callable:
         setting = settings[name]
         options.append(_of_setting(setting, setting.default, f"With --data: {setting.metadata['help']}"))
     return _apply(options, command)
+
+
+def trace_options(command: Callable) -> Callable:
+    """What `trace` asks; the settings are those of `train`, some with other defaults."""
+    from minift.train.config import TrainConfig
+
+    options = [
+        click.option("--data", help="JSON Lines, JSON, CSV or Parquet; else 450 sentences that come with minift."),
+        click.option("--row", default=1, help="Which row, counted from 1."),
+        click.option("--steps", default=5, type=click.IntRange(min=1), help="Training steps on this one row."),
+        click.option("--output", default="trace.html", type=click.Path(dir_okay=False, allow_dash=True),
+                     help="Page to write; - prints it as text instead."),
+    ]  # fmt: skip
+    defaults: dict[str, Any] = {"lr": 1e-3, "schedule": "constant"}
+    settings = {setting.name: setting for setting in fields(TrainConfig)}
+    for name in ("loss_on", "max_length", "lr", "schedule", "weight_decay", "max_grad_norm"):
+        setting = settings[name]
+        options.append(_of_setting(setting, defaults.get(name, setting.default), setting.metadata["help"]))
+    return _apply(options, command)

@@ -122,7 +122,7 @@ QUICK = ("--dtype", "float32", "--device", "cpu", "--batch-size", 4, "--rank", 2
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("demo", "train", "chat", "inspect", "memory", "models")
+COMMANDS = ("demo", "train", "chat", "inspect", "memory", "trace", "models")
 
 
 def flat(text: str) -> str:

@@ -11,6 +11,8 @@ tell a student what went wrong: an answer that equals a mutant's is explained by
     runner  judge         the parent: inputs -> child -> raw bytes -> comparison -> verdict
     compare  detect  diagnose   what is different, and what that usually means
     policy                what a submission may not import or call
+    workspace  adapted  watch  keys   a student's folder, and checking at every save
+    collect  marks  class_report  class_page   a class: what was handed in, the table, the report
     cli ...               the `minift-course` command
 
 This room stands apart: it imports nothing else of minift, and a submission cannot import minift at all.

@@ -8,7 +8,9 @@ import ast
 import hashlib
 import json
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from minift.course.policy import parse
@@ -47,26 +49,74 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_of(name: str, rows: list[dict[str, Any]]) -> list[str]:
-    statuses = Counter(row["status"] for row in rows)
-    lines = [f"{name} {rows[0]['title']}: " + ", ".join(f"{count} {word}" for word, count in statuses.most_common())]
-    for number, check in enumerate(rows[0]["checks"]):
-        passed = sum(row["checks"][number]["status"] == "pass" for row in rows)
-        lines.append(f"  {100 * passed // len(rows):3d} %  {check['sentence']}")
+@dataclass(frozen=True)
+class Found:
+    """What the class made of one exercise."""
+
+    id: str
+    title: str
+    points: int
+    earned: float  # on average
+    statuses: list[tuple[str, int]]  # the most frequent first
+    checks: list[tuple[str, int]]  # sentence -> percent of the class that pass it
+    mistakes: list[tuple[str, str, int]]  # name, misconception, how many made it
+    hints: int  # students who took any
+    seconds: float  # of grading, in the middle of the class
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """What both forms of the report, text and page, are made from."""
+
+    students: list[dict[str, Any]]  # the records
+    points: int
+    average: float
+    exercises: list[Found]
+    same: list[tuple[str, list[str]]]  # exercise -> students whose files are the same
+
+
+def _found(name: str, rows: list[dict[str, Any]]) -> Found:
     mistakes = Counter((row["misconception"], row["explanation"]) for row in rows if row["misconception"])
-    lines += [f"  {count:3d} x  {label}: {text}" for (label, text), count in mistakes.most_common()]
-    return lines
+    passed = [sum(row["checks"][i]["status"] == "pass" for row in rows) for i in range(len(rows[0]["checks"]))]
+    return Found(
+        id=name,
+        title=rows[0]["title"],
+        points=rows[0]["points"],
+        earned=sum(row["earned"] for row in rows) / len(rows),
+        statuses=Counter(row["status"] for row in rows).most_common(),
+        checks=[(rows[0]["checks"][i]["sentence"], 100 * count // len(rows)) for i, count in enumerate(passed)],
+        mistakes=[(label, text, count) for (label, text), count in mistakes.most_common()],
+        hints=sum(row.get("hints", 0) > 0 for row in rows),
+        seconds=median(row["seconds"] for row in rows),
+    )
 
 
-def format_class(records: list[dict[str, Any]]) -> str:
-    """The report as text, exercise by exercise."""
-    lines = [f"{len(records)} submissions, {sum(r['earned'] for r in records) / len(records):.1f} points on average"]
-    for name in records[0]["exercises"]:
-        lines += ["", *_lines_of(name, [r["exercises"][name] for r in records if name in r["exercises"]])]
+def examine(records: list[dict[str, Any]]) -> ClassReport:
+    """Count: exercise by exercise, and which students' files are the same."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in records:
         for name, row in record["exercises"].items():
             if row.get("shape") and row["status"] != "not_started":
                 groups[name, row["shape"]].append(record["student"])
-    same = [f"  {name}: {', '.join(students)}" for (name, _), students in groups.items() if len(students) > 1]
+    names = records[0]["exercises"]
+    rows = {name: [one["exercises"][name] for one in records if name in one["exercises"]] for name in names}
+    return ClassReport(
+        students=records,
+        points=records[0]["points"],
+        average=sum(record["earned"] for record in records) / len(records),
+        exercises=[_found(name, rows[name]) for name in names],
+        same=[(name, students) for (name, _), students in groups.items() if len(students) > 1],
+    )
+
+
+def format_class(report: ClassReport) -> str:
+    """The report as text, exercise by exercise."""
+    lines = [f"{len(report.students)} submissions, {report.average:.1f} of {report.points} points on average"]
+    for one in report.exercises:
+        statuses = ", ".join(f"{count} {word}" for word, count in one.statuses)
+        hints = f"; hints taken by {one.hints}" if one.hints else ""
+        lines += ["", f"{one.id} {one.title}: {statuses}{hints}"]
+        lines += [f"  {percent:3d} %  {sentence}" for sentence, percent in one.checks]
+        lines += [f"  {count:3d} x  {label}: {text}" for label, text, count in one.mistakes]
+    same = [f"  {name}: {', '.join(students)}" for name, students in report.same]
     return "\n".join([*lines, "", "the same but for names and comments (a lead, not a proof):", *(same or ["  none"])])

@@ -13,7 +13,7 @@ import click
 from minift.course import registry, workspace
 from minift.course.cli_teacher import TEACHER
 from minift.course.marks import plain
-from minift.course.render import ascii_only, show
+from minift.course.render import ascii_only, listing, show
 from minift.course.spec import Exercise
 from minift.course.workspace import Workspace
 
@@ -62,18 +62,31 @@ def _next() -> int:
         click.echo("Everything is passed. To hand it in: minift-course submit")
         return 0
     click.echo(f"Next: {one.id} {one.title}, {one.minutes} minutes. Page: {space.folder / one.page_name}")
-    return _check(space, one, space.path(one))
+    return _check(one, space)
 
 
 def _check(
-    space: Workspace | None, exercise: Exercise, path: Path, as_json: bool = False, isolation: bool = False
+    exercise: Exercise,
+    space: Workspace | None,
+    file: Path | None = None,
+    as_json: bool = False,
+    isolation: bool = False,
 ) -> int:
+    """Grade a file, or what the folder has for the exercise; then the folder's record is kept."""
     from minift.course.grader import Grader
 
     with Grader() as grader:
-        verdict = grader.grade_file(exercise, path)
+        if space is None:
+            assert file is not None
+            verdict = grader.grade_file(exercise, file)
+        else:
+            path, data = space.code(exercise)
+            verdict = grader.grade_bytes(exercise, data, path.absolute())
     click.echo(json.dumps(plain(verdict), indent=2) if as_json else show(verdict, isolation))
-    if verdict.status == "pass" and space is not None and space.note_pass(exercise) and not as_json:
+    if verdict.status == "not_started" and space is not None and not as_json:
+        click.echo(f"  what to write: {space.folder / exercise.page_name}")
+    first = space is not None and space.note(exercise, verdict.earned, verdict.status == "pass")
+    if first and not as_json:
         click.echo(f"Passed. The solution is in solutions/{exercise.file_name} now: compare it with yours.")
     return 0 if verdict.status == "pass" else 1
 
@@ -103,17 +116,17 @@ def check(exercise: str | None, path: Path | None, as_json: bool, verbose: bool)
     if one is None:
         click.echo("Everything is passed; name an exercise to check it again.")
         return 0
-    if path is not None:
-        return _check(None, one, path, as_json, verbose)
-    assert space is not None
-    return _check(space, one, space.path(one), as_json, verbose)
+    return _check(one, None if path is not None else space, path, as_json, verbose)
 
 
 @cli.command()
 @click.argument("exercise", required=False)
 @click.option("--once", is_flag=True, help="Stop after the first check.")
 def watch(exercise: str | None, once: bool) -> int:
-    """Check at every save, and go on to the next exercise when one is passed. Ends with Ctrl-C."""
+    """Check at every save, and go on to the next exercise when one is passed.
+
+    Keys in a terminal: n next, h hint, l list, r run again, q quit.
+    """
     from minift.course.watch import follow
 
     space = _here()
@@ -135,15 +148,7 @@ def hint(exercise: str, level: int | None) -> None:
 def list_() -> None:
     """All exercises: passed or not, points, minutes, what is good to have done before."""
     space = _here()
-    earned = total = 0
-    for one in space.exercises(registry.all_exercises()).values():
-        mark = "done" if one.id in space.passed else "    "
-        earned, total = earned + one.points * (mark == "done"), total + one.points
-        needs = f"  after {', '.join(one.needs)}" if one.needs else ""
-        click.echo(
-            f"  {mark}  {one.id}  {one.title:40s} {one.points:2d} points  {one.minutes:2d} min  {one.topic}{needs}"
-        )
-    click.echo(f"  {earned} of {total} points")
+    click.echo(listing(space.exercises(registry.all_exercises()).values(), space))
 
 
 @cli.command()

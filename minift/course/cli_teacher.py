@@ -85,12 +85,18 @@ def grade(submissions: Path, csv_path: Path, out: Path, jobs: int, one: bool, re
 
 @click.command()
 @click.argument("records", type=_FOLDER)
-def report(records: Path) -> None:
+@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Also write it as one web page.")
+def report(records: Path, page: Path | None) -> None:
     """What the class found hard: pass rate of every check, the mistakes made, files that are the same."""
-    from minift.course.class_report import format_class, read_records
+    from minift.course.class_page import class_page
+    from minift.course.class_report import examine, format_class, read_records
     from minift.course.render import ascii_only
 
-    click.echo(ascii_only(format_class(read_records(records))))
+    found = examine(read_records(records))
+    click.echo(ascii_only(format_class(found)))
+    if page is not None:
+        page.write_text(class_page(found), encoding="utf-8")
+        click.echo(f"\n{page.absolute()}: open it in a browser")
 
 
 @click.command(name="gradescope")

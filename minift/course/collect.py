@@ -7,10 +7,13 @@
         doejane_LATE_12345_67890_e01_absmax.py                       Canvas
         Jane Doe_12345_assignsubmission_file_/e01_absmax.py          Moodle
 
-Nothing is unpacked to disk, and nothing is run.
+Nothing is unpacked to disk, and nothing is run. What a student's own record says of hints is taken along; whoever
+wants to can change it, so it tells what was hard and counts for nothing.
 """
 
+import contextlib
 import hashlib
+import json
 import lzma
 import re
 import zipfile
@@ -18,12 +21,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from minift.course.spec import Exercise
+from minift.course.submission import MANIFEST
+from minift.course.workspace import STATE
 
 LARGEST = 1 << 20  # bytes of one source file
 ALTOGETHER = 1 << 26  # bytes that are read of one zip
 _LEFT_OUT = {"solutions", "pages", "__MACOSX", "__pycache__", "site-packages"}
+_RECORDS = (MANIFEST, STATE)
 _PLATFORM = re.compile(r"(_LATE)?_(\d+)_(assignsubmission_.*|\d+_.*)$")
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
 
@@ -35,6 +42,7 @@ class Submission:
     student: str
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     problem: str = ""
+    hints: dict[str, int] = field(default_factory=dict)  # exercise -> highest level shown
 
     @property
     def digest(self) -> str:
@@ -42,6 +50,7 @@ class Submission:
         whole = hashlib.sha256()
         for exercise, (_, data) in sorted(self.files.items()):
             whole.update(exercise.encode() + hashlib.sha256(data).digest())
+        whole.update(json.dumps(self.hints, sort_keys=True).encode())
         return whole.hexdigest()
 
 
@@ -76,18 +85,33 @@ def _add(submission: Submission, exercises: list[Exercise], name: str, data: byt
         submission.files[exercise.id] = (where, data)
 
 
+def _add_hints(submission: Submission, exercises: list[Exercise], data: bytes) -> None:
+    """The hints of a manifest.json or of a folder's own record; one that is none is passed over."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        record: Any = json.loads(data)
+        handed_in = record.get("exercises")
+        told = {name: row["hints"] for name, row in handed_in.items()} if handed_in else record["hints"]
+        for one in exercises:
+            if type(told.get(one.id)) is int and 0 < told[one.id] <= len(one.hints):
+                submission.hints[one.id] = told[one.id]
+
+
 def _read_zip(submission: Submission, path: Path, exercises: list[Exercise]) -> None:
     room = ALTOGETHER
     try:
         with zipfile.ZipFile(path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                if info.is_dir() or not _exercise_of(info.filename, exercises):
+                record = PurePosixPath(info.filename).name in _RECORDS
+                if info.is_dir() or not (record or _exercise_of(info.filename, exercises)):
                     continue
                 room -= info.file_size
                 if info.file_size > LARGEST or room < 0:
                     submission.problem = f"{path.name}/{info.filename} has {info.file_size} bytes, which is too much"
                     continue
-                _add(submission, exercises, info.filename, archive.read(info), f"{path}/{info.filename}")
+                if record:
+                    _add_hints(submission, exercises, archive.read(info))
+                else:
+                    _add(submission, exercises, info.filename, archive.read(info), f"{path}/{info.filename}")
     except _UNREADABLE as error:
         submission.problem = f"{path.name} cannot be read: {error}"
 
@@ -96,10 +120,12 @@ def _read_file(submission: Submission, path: Path, exercises: list[Exercise], na
     """A zip or a source file; other files are passed over."""
     if path.suffix.lower() == ".zip":
         _read_zip(submission, path, exercises)
-    elif _exercise_of(name, exercises):
+    elif path.name in _RECORDS or _exercise_of(name, exercises):
         try:
             if path.stat().st_size > LARGEST:
                 submission.problem = f"{name} has {path.stat().st_size} bytes, which is too much"
+            elif path.name in _RECORDS:
+                _add_hints(submission, exercises, path.read_bytes())
             else:
                 _add(submission, exercises, name, path.read_bytes(), str(path))
         except OSError as error:
@@ -145,6 +171,7 @@ def collect(folder: Path, exercises: list[Exercise], records: Path | None = None
         one = read_submission(path, exercises, _student_of_file(path, exercises) if kind == ".py" else "")
         known = found.setdefault((one.student, _number_of(path.name)), Submission(one.student))
         known.files |= one.files
+        known.hints |= one.hints
         known.problem = known.problem or one.problem
     if not found:
         raise ValueError(

@@ -14,6 +14,9 @@ import torch
 from minift.course.detect import likely_cause
 from minift.course.spec import Case
 
+_NOUNS = {bool: "True or False", int: "a number", float: "a number", str: "a text", torch.dtype: "a dtype"}
+_AROUND = 12  # characters of a text that are shown on both sides of its first difference
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -24,9 +27,21 @@ class Difference:
 
 
 def _kind(value: Any) -> str:
+    """What was answered."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return "None (is a return missing?)" if value is None else f"{type(value).__name__} {value!r}"[:80]
+
+
+def _wanted(value: Any) -> str:
+    """What kind of thing is expected, not its value: whoever returns nothing must not be given the whole answer."""
+    if isinstance(value, torch.Tensor):
+        return _kind(value)
+    if isinstance(value, list | tuple):
+        return f"{len(value)} parts, a {type(value).__name__}"
+    if isinstance(value, dict):
+        return f"a dict with {len(value)} keys"
+    return "None" if value is None else _NOUNS.get(type(value), f"a {type(value).__name__}")
 
 
 def _show(value: Any, other: Any = None) -> str:
@@ -56,7 +71,7 @@ def _tensor(name: str, expected: torch.Tensor, actual: Any, case: Case) -> Diffe
         more = ""
         if isinstance(actual, torch.Tensor) and actual.dim() == 2 and actual.mT.shape == expected.shape:
             more = " (transposed?)"
-        return Difference(math.inf, f"{name} is {_kind(actual)}, expected {_kind(expected)}{more}")
+        return Difference(math.inf, f"{name} is {_kind(actual)}, expected {_wanted(expected)}{more}")
     far = distances(expected, actual, case.atol, case.rtol)
     worst = float(far.max()) if far.numel() else 0.0
     if worst <= 1:
@@ -84,7 +99,7 @@ def _number(name: str, expected: float, actual: Any, case: Case) -> Difference:
     if isinstance(actual, torch.Tensor) and actual.numel() == 1:
         actual = actual.item()
     if isinstance(actual, bool) or not isinstance(actual, int | float):
-        return Difference(math.inf, f"{name} is {_kind(actual)}, expected the number {_show(expected)}")
+        return Difference(math.inf, f"{name} is {_kind(actual)}, expected a number")
     wide = [torch.tensor([_float(value)], dtype=torch.float64) for value in (expected, actual)]
     size = float(distances(wide[0], wide[1], case.atol, case.rtol))
     return Difference(size, f"{name} is {_show(actual)}, expected {_show(expected)}" if size > 1 else None)
@@ -110,10 +125,28 @@ def _leaf(name: str, expected: Any, actual: Any, case: Case) -> Difference:
     if isinstance(expected, list | tuple) and isinstance(actual, list | tuple):
         return Difference(math.inf, f"{name} has {len(actual)} parts, expected {len(expected)}")
     if isinstance(expected, dict) and isinstance(actual, dict):
-        return Difference(math.inf, f"{name} has the keys {list(actual)}, expected {list(expected)}")
-    if type(expected) is type(actual) and expected == actual:
+        lacking = [f"lacks the key {key!r}" for key in expected if key not in actual][:1]
+        return Difference(
+            math.inf, f"{name} {(lacking or ['has keys that are not expected'])[0]}: {list(actual)}"[:200]
+        )
+    if type(expected) is not type(actual):
+        return Difference(math.inf, f"{name} is {_kind(actual)}, expected {_wanted(expected)}")
+    if expected == actual:
         return Difference(0.0)
-    return Difference(math.inf, f"{name} is {_kind(actual)}, expected {_kind(expected)}")
+    if isinstance(expected, str):
+        return Difference(math.inf, _text(name, expected, actual))
+    return Difference(math.inf, f"{name} is {actual!r}, expected {expected!r}"[:200])
+
+
+def _text(name: str, expected: str, actual: str) -> str:
+    """Where two texts begin to differ."""
+    place = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), None)
+    if place is None:
+        place = min(len(expected), len(actual))
+        longer = "short" if len(actual) < len(expected) else "long"
+        return f"{name} is right up to character {place}, and then too {longer} ({abs(len(actual) - len(expected))})"
+    near = slice(max(0, place - _AROUND), place + _AROUND)
+    return f"{name} differs from character {place} on: yours {actual[near]!r}, expected {expected[near]!r}"
 
 
 def table(case: Case, actual: Any) -> list[str]:

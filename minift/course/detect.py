@@ -17,6 +17,14 @@ def _nibbles_swapped(expected: torch.Tensor, actual: torch.Tensor) -> bool:
     return bool(torch.equal(((actual & 15) << 4) | (actual >> 4), expected))
 
 
+def _pairs_swapped(want: torch.Tensor, have: torch.Tensor) -> bool:
+    """Neighbours two by two: the codes of a byte taken out low half first. Of an odd number the last has no partner."""
+    even = want.numel() // 2 * 2
+    if even < 4:
+        return False
+    return _same(have.flatten()[:even].view(-1, 2).flip(1).flatten(), want.flatten()[:even])
+
+
 def _factor(want: torch.Tensor, have: torch.Tensor) -> float | None:
     """The one factor between all elements, if there is one."""
     used = want.abs() > CLOSE * want.abs().max()
@@ -37,6 +45,8 @@ def _finite_cause(want: torch.Tensor, have: torch.Tensor) -> str | None:
         return f"yours is {factor:.6g} times the expected"
     if have.dim() >= 2 and have.shape[-1] == have.shape[-2] and _same(have.mT, want):
         return "yours is transposed"
+    if _pairs_swapped(want, have):
+        return "neighbours have changed places two by two (which half of a byte comes first?)"
     for dim in range(have.dim()):
         size = have.shape[dim]
         for step in (1, -1):

@@ -1,9 +1,12 @@
 """Why is it wrong? The known mistakes answer the same cases; the one that answers like the submission explains it.
 
-A mutant explains a submission if it gives the same answer to every case that the submission got wrong; of several, the
-one that also agrees on most of the other cases. So a recognised mistake is a fact about this input, not a guess.
+A mutant explains a failed check if it gives the same answer to every case of it that the submission got wrong; of
+several, the one that explains most checks, and then the one that agrees on most of the other cases. So a recognised
+mistake is a fact about this input, not a guess. Of two mistakes made at once the one with more to show is named, beside
+the checks where it alone is at work; the other has its turn when that one is mended.
 """
 
+from collections import defaultdict
 from typing import Any
 
 from minift.course.compare import compare
@@ -24,12 +27,20 @@ def same_answer(case: Case, one: dict[str, Any] | None, other: dict[str, Any] | 
     return all(compare(Case("", {}, a, case.atol, rtol), b).size <= 1 for a, b in pairs)
 
 
-def explain(cases: list[tuple[int, Case]], answers: Answers, known: dict[str, Answers]) -> str | None:
-    """The name of the mutant that gives the same answers wherever these are wrong, or None."""
-    wrong = [i for i, frame in answers.frames.items() if examine(cases[i][1], frame)[0] == "fail"]
-    best, most = None, -1
+def explain(cases: list[tuple[int, Case]], answers: Answers, known: dict[str, Answers]) -> tuple[str, set[int]] | None:
+    """The mutant that gives the same answers where these are wrong, and the checks of which that holds; or None."""
+    wrong: dict[int, list[int]] = defaultdict(list)
+    for i, frame in answers.frames.items():
+        if examine(cases[i][1], frame)[0] == "fail":
+            wrong[cases[i][0]].append(i)
+    # An exception of the same kind says little: it counts only where everything else is explained as well.
+    told = {number for number, those in wrong.items() if all("value" in answers.frames[i] for i in those)}
+    best, most = None, (0, 0)
     for name, mutant in known.items():
         agree = {i: same_answer(case, answers.frames.get(i), mutant.frames.get(i)) for i, (_, case) in enumerate(cases)}
-        if wrong and all(agree[i] for i in wrong) and sum(agree.values()) > most:
-            best, most = name, sum(agree.values())
+        checks = {number for number, those in wrong.items() if all(agree[i] for i in those)}
+        if len(checks) < len(wrong):
+            checks &= told
+        if checks and (len(checks), sum(agree.values())) > most:
+            best, most = (name, checks), (len(checks), sum(agree.values()))
     return best

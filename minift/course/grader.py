@@ -76,13 +76,12 @@ class Grader:
         if self._unexplained is None:
             return None
         (exercise, verdict, answers), self._unexplained = self._unexplained, None
-        name = explain(self.cases(exercise), answers, self.known(exercise))
-        for mutant in exercise.mutants:
-            if mutant.name == name:
-                verdict.misconception, verdict.explanation = mutant.name, mutant.misconception
-                verdict.advice = mutant.advice
-                return verdict
-        return None
+        if (found := explain(self.cases(exercise), answers, self.known(exercise))) is None:
+            return None
+        mutant = next(one for one in exercise.mutants if one.name == found[0])
+        verdict.misconception, verdict.explanation, verdict.advice = mutant.name, mutant.misconception, mutant.advice
+        verdict.explained = [one.name for number, one in enumerate(exercise.checks) if number in found[1]]
+        return verdict
 
     def grade_file(self, exercise: Exercise, path: Path) -> Verdict:
         """The verdict on a file; one that is not there is not started."""

@@ -29,7 +29,8 @@ def results(record: dict[str, Any], secret: bool) -> dict[str, Any]:
         for number, check in enumerate(row["checks"], 1):
             passed = check["status"] == "pass"
             said = [] if passed else [check["message"] if not secret else check["status"].replace("_", " ")]
-            if row["explanation"] and not passed:
+            explained = check["name"] in row.get("explained", [])
+            if explained:
                 said += [f"This is exactly what you get when {row['explanation']}.", row["advice"]]
             tests.append({
                 "name": f"{name} {row['title']}: {check['sentence']}",
@@ -38,7 +39,7 @@ def results(record: dict[str, Any], secret: bool) -> dict[str, Any]:
                 "max_score": check["points"],
                 "status": "passed" if passed else "failed",
                 "output": "\n".join(said),
-                "tags": [row["misconception"]] if row["misconception"] else [],
+                "tags": [row["misconception"]] if explained else [],
                 "visibility": "visible",
             })  # fmt: skip
     files = "\n".join(f"{name}: {row['path']} sha256 {row['sha256'][:16]}" for name, row in record["exercises"].items())

@@ -66,6 +66,7 @@ class Verdict:
     misconception: str = ""  # filled in by the diagnosis: the name of a mutant, its text and advice
     explanation: str = ""
     advice: str = ""
+    explained: list[str] = field(default_factory=list)  # the checks that fail just as the mutant does
 
     @property
     def status(self) -> str:

@@ -43,7 +43,7 @@ def grade_submission(submission: Submission, exercises: list[Exercise], grader: 
         where, data = submission.files.get(one.id, ("(not handed in)", b""))
         verdict = grader.grade_bytes(one, data, where)
         shape = shape_of(data.decode("utf-8", "replace"))
-        record["exercises"][one.id] = plain(verdict) | {"shape": shape}
+        record["exercises"][one.id] = plain(verdict) | {"shape": shape, "hints": submission.hints.get(one.id, 0)}
     record["earned"] = sum(row["earned"] for row in record["exercises"].values())
     record["points"] = sum(row["points"] for row in record["exercises"].values())
     return record

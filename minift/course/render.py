@@ -1,6 +1,10 @@
 """What a person reads after a check: one screen, plain ASCII, the most useful line first."""
 
+from collections.abc import Iterable
+
 from minift.course.judge import ADVICE, Verdict
+from minift.course.spec import Exercise
+from minift.course.workspace import Workspace
 
 _WORDS = {
     "pass": "PASS", "fail": "FAIL", "not_started": "TODO", "timeout": "TIME", "memory": "MEM ", "crash": "DIED",
@@ -36,15 +40,17 @@ def explanation(verdict: Verdict) -> list[str]:
 
 def show_checks(verdict: Verdict) -> list[str]:
     """One line a check, and more for the first that is wrong."""
-    lines, explained = [], False
+    lines, detailed, explained = [], False, False
     for one in verdict.checks:
         earned = str(one.points) if one.status == "pass" else f"0/{one.points}"
         lines.append(f"  {_WORDS[one.status]}  {one.sentence}  [{one.name}, {earned}]")
         if one.status in ("pass", "not_started") or one.message == verdict.message:
             continue
         lines.append(f"        {one.message}")
-        if not explained:
+        if not detailed:
             lines += [f"        {line}" for line in one.details]
+            detailed = True
+        if not explained and one.name in verdict.explained:
             lines += explanation(verdict)
             explained = True
     return lines
@@ -68,6 +74,22 @@ def show(verdict: Verdict, isolation: bool = False) -> str:
         lines.append(f"  {ADVICE['not_started']}, save, and check again")
     if verdict.status in ("fail", "not_started"):
         lines.append(f"  -> a hint: minift-course hint {verdict.exercise}")
+    if verdict.status == "pass":
+        lines.append("  ----  graded with the public numbers; whoever grades your submission may draw others")
     if isolation:
         lines.append(f"  isolation: {verdict.isolation}")
     return ascii_only("\n".join(lines))
+
+
+def listing(exercises: Iterable[Exercise], space: Workspace) -> str:
+    """One line an exercise: passed, points so far, minutes, what is good to have done before; the sum below."""
+    lines, earned, total = [], 0, 0
+    for one in exercises:
+        done = one.id in space.passed
+        points = one.points if done else space.earned.get(one.id, 0)
+        mark = "done" if done else "part" if points else "    "
+        earned, total = earned + points, total + one.points
+        needs = f"  after {', '.join(one.needs)}" if one.needs else ""
+        worth = f"{points:2d}/{one.points} points  {one.minutes:2d} min"
+        lines.append(f"  {mark}  {one.id:3s}  {one.title:40s} {worth}  {one.topic}{needs}")
+    return ascii_only("\n".join([*lines, f"  {earned} of {total} points"]))

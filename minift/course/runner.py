@@ -190,12 +190,16 @@ class Runner:
         )  # fmt: skip
         if self._say(None, _START_SECONDS) is None:
             self._stop()
+            if self._closed:
+                raise Closed("stopped before a submission was run")
             raise RuntimeError("the process that runs submissions did not start: is torch installed for this Python?")
 
     def _say(self, job: dict[str, Any] | None, seconds: float) -> dict[str, Any] | None:
-        """Send a job to the zygote and wait for its reply; None if it died, which only a submission can make it do."""
+        """Send a job to the zygote and wait for its reply; None if it died (a submission made it) or was closed."""
         zygote = self._zygote
-        assert zygote is not None and zygote.stdin is not None and zygote.stdout is not None
+        if zygote is None:  # closed meanwhile by another thread
+            return None
+        assert zygote.stdin is not None and zygote.stdout is not None
         try:
             if job is not None:
                 zygote.stdin.write(json.dumps(job).encode() + b"\n")

@@ -86,8 +86,10 @@ def _check_wrong(
     report.best_wrong = min(report.best_wrong, named.size)
     if named.status == "pass" or named.size < WRONG_AT_LEAST:
         return f"{named.name} gives {named.status}, {named.size:.3g} tolerances"
-    said = explain(cases, known[mutant.name], known) if verdict.status == "fail" else mutant.name
-    return None if said == mutant.name else f"the diagnosis says {said}"
+    if verdict.status != "fail":
+        return None
+    said = explain(cases, known[mutant.name], known)
+    return None if said is not None and said[0] == mutant.name else f"the diagnosis says {said}"
 
 
 def check_draw(exercise: Exercise, key: bytes, runner: Runner, report: Report) -> None:

@@ -14,6 +14,7 @@ torch builtin, recorded bytes.
 """
 
 import ast
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,10 +62,10 @@ class Check:
 
 
 def check(points: int) -> Callable[[Callable[[torch.Generator], Iterator[Case]]], Check]:
-    """Turn a generator function into a check; its docstring is the sentence that students see."""
+    """Turn a generator function into a check; the first paragraph of its docstring is what students see."""
 
     def decorate(function: Callable[[torch.Generator], Iterator[Case]]) -> Check:
-        sentence = " ".join((function.__doc__ or "").split())
+        sentence = " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split())
         if not sentence:
             raise ValueError(f"the check {function.__name__} needs a docstring: the sentence that students see")
         return Check(function.__name__, sentence, points, function)

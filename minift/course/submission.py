@@ -20,12 +20,11 @@ def pack_submission(
     rows, files = {}, {}
     with Grader() as grader:
         for one in exercises:
-            path = space.path(one)
-            if not path.exists():
+            if not space.has(one):
                 continue
-            verdict = grader.grade_file(one, path)
+            path, files[one.file_name] = space.code(one)
+            verdict = grader.grade_bytes(one, files[one.file_name], path.absolute())
             say(f"  {one.id} {one.title}: {verdict.earned} of {verdict.points} ({verdict.status})")
-            files[one.file_name] = path.read_bytes()
             rows[one.id] = {
                 "file": one.file_name,
                 "sha256": hashlib.sha256(files[one.file_name]).hexdigest(),

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minift.course.adapted import FILE, adapted
 from minift.course.spec import Exercise
 
 STATE = ".minift-course.json"
+_KEPT = ("hints", "passed", "given_up", "earned")
 _TEST = '''"""Plain pytest grades this folder: one item a check. Also: minift-course check, minift-course watch."""
 
 from minift.course.pytest_items import *  # noqa: F403
@@ -39,7 +41,9 @@ def _readme(exercises: list[Exercise]) -> str:
     return f"""# My course
 
 Open a page, write the file of the same name, save. `minift-course watch` checks at each save; `minift-course` alone
-says what is next; `pytest` grades everything.
+says what is next; `pytest` (`pip install pytest`) grades everything.
+
+Code in a package of your own: write a file adapters.py here, `ADAPT = {{"e06": "mylib.quant:mine"}}`.
 
 | | exercise | topic | points | minutes |
 | --- | --- | --- | --- | --- |
@@ -55,11 +59,12 @@ class Workspace:
     hints: dict[str, int] = field(default_factory=dict)  # exercise -> highest level shown
     passed: dict[str, str] = field(default_factory=dict)  # exercise -> when first
     given_up: dict[str, str] = field(default_factory=dict)  # exercise -> when
+    earned: dict[str, int] = field(default_factory=dict)  # exercise -> points at the last check
     only: list[str] = field(default_factory=list)  # the exercises of this folder; all if empty
 
     def save(self) -> None:
         """Write the record."""
-        record = {"hints": self.hints, "passed": self.passed, "given_up": self.given_up, "only": self.only}
+        record = {name: getattr(self, name) for name in (*_KEPT, "only")}
         (self.folder / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def exercises(self, known: dict[str, Exercise]) -> dict[str, Exercise]:
@@ -76,6 +81,25 @@ class Workspace:
             raise ValueError(f"which of these is {exercise.id}: {', '.join(map(str, others))}? Name it with --file.")
         return others[0]
 
+    def code(self, exercise: Exercise) -> tuple[Path, bytes]:
+        """What is to be graded, and where it is from: as adapters.py says, else the exercise's file, which may be none.
+
+        ValueError if an adapters.py is there, but neither it nor a file is for this exercise.
+        """
+        if (found := adapted(self.folder, exercise)) is not None:
+            return found
+        path = self.path(exercise)
+        if not path.is_file() and (self.folder / FILE).exists():
+            raise ValueError(
+                f"there is no {exercise.file_name}, and {FILE} has no place for {exercise.id}: "
+                f'add "{exercise.id}": "module:{exercise.names[0]}" to ADAPT'
+            )
+        return path, path.read_bytes() if path.is_file() else b""
+
+    def has(self, exercise: Exercise) -> bool:
+        """Whether there is anything to grade."""
+        return self.path(exercise).is_file() or adapted(self.folder, exercise) is not None
+
     def hint(self, exercise: Exercise, level: int | None = None) -> tuple[int, str]:
         """The next hint, or one by level; which ones were shown is recorded and costs nothing."""
         shown = self.hints.get(exercise.id, 0)
@@ -84,13 +108,16 @@ class Workspace:
         self.save()
         return level, exercise.hints[level - 1]
 
-    def note_pass(self, exercise: Exercise) -> bool:
-        """Record that an exercise is passed; the solution may be read now. True the first time."""
-        first = exercise.id not in self.passed
-        self.passed.setdefault(exercise.id, now())
+    def note(self, exercise: Exercise, earned: int, passed: bool) -> bool:
+        """Record what a check gave. Once an exercise is passed, its solution may be read: True the first time."""
+        first = passed and exercise.id not in self.passed
+        if not first and self.earned.get(exercise.id) == earned:
+            return False
+        self.earned[exercise.id] = earned
         if first:
-            self.save()
+            self.passed[exercise.id] = now()
             self.reveal(exercise)
+        self.save()
         return first
 
     def reveal(self, exercise: Exercise) -> Path:
@@ -139,7 +166,7 @@ def read(folder: Path) -> Workspace | None:
         return None
     try:
         record: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        kept = {name: dict(record.get(name, {})) for name in ("hints", "passed", "given_up")}
+        kept = {name: dict(record.get(name, {})) for name in _KEPT}
         return Workspace(folder, **kept, only=list(record.get("only", [])))
     except (ValueError, TypeError, AttributeError):
         return Workspace(folder)

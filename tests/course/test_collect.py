@@ -93,6 +93,30 @@ def test_two_students_of_one_name_stay_two(tmp_path: Path):
     assert found["Jane Doe (992)"]["e01"][1] == b"x = 992\n"
 
 
+def test_hints_are_read_from_either_record(tmp_path: Path):
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "e01_absmax.py").write_text("x = 1\n")
+    (tmp_path / "ann" / ".minift-course.json").write_text('{"hints": {"e01": 2, "e99": 1, "e20": 0}, "passed": {}}')
+    with zipfile.ZipFile(tmp_path / "bob.zip", "w") as file:
+        file.writestr("e01_absmax.py", "x = 1\n")
+        file.writestr("manifest.json", '{"exercises": {"e01": {"hints": 3}, "e20": {"hints": 0}}}')
+    found = list(collect(tmp_path, EXERCISES))
+    assert [one.hints for one in found] == [{"e01": 2}, {"e01": 3}] and found[0].digest != found[1].digest
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "[]", "7", "null", "{}", '{"hints": 3}', '{"hints": {"e01": -1}}', '{"hints": {"e01": true}}',
+     '{"hints": {"e01": 10000000000}}', '{"exercises": [1]}', '{"exercises": {"e01": 5}}', "[" * 100_000],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_a_record_that_is_none_stops_nobody(tmp_path: Path, record: str):
+    (tmp_path / "e01_absmax.py").write_text("x = 1\n")
+    (tmp_path / ".minift-course.json").write_text(record)
+    found = read_submission(tmp_path, EXERCISES)
+    assert found.hints == {} and set(found.files) == {"e01"} and found.problem == ""
+
+
 def test_the_folder_of_the_records_is_no_student(tmp_path: Path):
     (tmp_path / "ann").mkdir()
     (tmp_path / "records").mkdir()

@@ -148,6 +148,30 @@ def test_answers_must_be_of_the_same_kind(expect, answer, right: bool):
     assert (found.size <= 1) == right and (found.message is None) == right
 
 
+@pytest.mark.parametrize(
+    "expect",
+    [(3.25, "secret"), [3.25], {"secret": 3.25}, 3.25, 7, "secret", torch.tensor([3.25]), torch.uint8],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "answer", [None, object, b"x", (), torch.zeros(5, 1)], ids=lambda answer: type(answer).__name__
+)
+def test_an_answer_of_another_kind_is_not_told_the_expected_value(expect, answer):
+    """Whoever returns nothing must not read the answer in the message, and be done."""
+    said = compare(Case("f", {}, expect), answer).message or ""
+    assert "answer" in said and not any(value in said for value in ("3.25", "secret", "7", "uint8")), said
+
+
+def test_texts_are_compared_where_they_differ():
+    want = "x" * 500 + "one end"
+    said = {
+        have: compare(Case("f", {}, want), have).message or "" for have in (want[:-3], want + "\n", want[:-3] + "END")
+    }
+    assert "right up to character 504, and then too short (3)" in said[want[:-3]]
+    assert "too long (1)" in said[want + "\n"]
+    assert "from character 504 on: yours 'xxxxxxxxone END', expected 'xxxxxxxxone end'" in said[want[:-3] + "END"]
+
+
 def test_patterns_are_named():
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     packed = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -156,8 +180,13 @@ def test_patterns_are_named():
         "shifted by one along dimension 0": (x, x.roll(1, 0)), "NaN": (x, x / 0 * 0),
         "halves of every byte": (packed, (packed >> 4) | (packed << 4)),
     }  # fmt: skip
+    low_first = torch.stack([packed & 15, packed >> 4], 1).flatten()
+    high_first = torch.stack([packed >> 4, packed & 15], 1).flatten()
+    numbers = x.flatten()[low_first.long()], x.flatten()[high_first.long()]  # what the codes stand for
+    for number, (have, want) in enumerate([(low_first, high_first), (low_first[:-1], high_first[:-1]), numbers]):
+        pairs["two by two" + number * " "] = want, have
     for words, (want, have) in pairs.items():
-        assert words in (likely_cause(want, have, want != have) or ""), words
+        assert words.strip() in (likely_cause(want, have, want != have) or ""), words
     assert likely_cause(x, x + torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), x == x) is None
 
 

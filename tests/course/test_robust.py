@@ -122,6 +122,19 @@ def test_closing_stops_a_running_job():
     timer.join()
 
 
+@needs_linux
+def test_closing_stops_a_start(monkeypatch):
+    """While torch is still being imported, which takes seconds: this process never says that it is ready."""
+    monkeypatch.setattr("minift.course.runner._python", lambda *arguments: ["sleep", "60"])
+    runner = Runner(namespaces=False)
+    runner.forks = True
+    timer = threading.Timer(0.3, runner.close)
+    timer.start()
+    with pytest.raises(Closed), Grader(runner=runner) as grader:
+        grader.grade(E01, SOLUTION, "x.py")
+    timer.join()
+
+
 def test_a_stopped_class_goes_on_where_it_was(tmp_path: Path):
     """Ctrl-C in the middle: no record of what was not finished, and the rest comes with the next run."""
     class_ = [Submission(name, {"e01": ("x.py", SOLUTION.encode())}) for name in "abcd"]

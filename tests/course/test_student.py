@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from minift.course import registry, workspace
 from minift.course.cli import cli
+from minift.course.keys import Keys
 from minift.course.watch import follow
 
 EXERCISES = registry.all_exercises()
@@ -63,6 +64,18 @@ def test_a_wrong_answer_is_explained(folder: Path):
     assert said.isascii()
 
 
+def test_of_two_mistakes_one_is_named_where_it_is_alone(folder: Path):
+    """The commonest first attempt: cut off instead of rounded, and no guard for a row of zeros."""
+    both = wrong(E01, "truncates").replace("torch.where(absmax == 0, torch.ones_like(scale), scale)", "scale")
+    (folder / E01.file_name).write_text(both)
+    verdict = json.loads(run("check", "e01", "--json")[1])
+    assert verdict["misconception"] == "truncates"
+    assert verdict["explained"] == ["one_scale", "scale_per_row"] and verdict["earned"] == 0
+    said = run("check", "e01")[1]
+    assert said.count("this is exactly what you get when") == 1
+    assert said.index("[one_scale") < said.index("this is exactly") < said.index("[scale_per_row")
+
+
 def test_a_mistake_of_its_own_kind_is_not_blamed_on_a_known_one(folder: Path):
     solution = E01.text("solution.py")
     (folder / E01.file_name).write_text(solution.replace("torch.round(x / scale)", "(torch.round(x / scale) - 3)"))
@@ -90,6 +103,13 @@ def test_passing_reveals_the_solution_and_moves_on(folder: Path):
     assert "-    low, high" in run("solution", "e01")[1]
     assert "done  e01" in run("list")[1]
     assert "Next: e20" in run()[1]
+
+
+def test_the_list_shows_what_is_half_done(folder: Path):
+    (folder / E01.file_name).write_text(wrong(E01, "no_guard_for_zeros"))
+    run("check", "e01")
+    said = run("list")[1]
+    assert "  part  e01" in said and " 2/3 points" in said and "  2 of 13 points" in said
 
 
 def test_giving_up_is_recorded(folder: Path):
@@ -146,10 +166,66 @@ def test_watch_checks_at_every_save(folder: Path):
     assert not thread.is_alive() and "e01" in space.passed
 
 
+class Pressed(Keys):
+    """Keys as if pressed one after the other, one each time the watch looks."""
+
+    def __init__(self, keys: str) -> None:
+        super().__init__(None)
+        self.waiting = list(keys)
+
+    def wait(self, seconds: float) -> str:
+        return self.waiting.pop(0) if self.waiting else "q"
+
+
+def test_keys_while_watching(folder: Path):
+    shown: list[str] = []
+    assert follow(workspace.find(folder), [E01, E20], shown.append, keys=Pressed("hhhhxlrnnq")) == 1
+    first = [text.replace(f"{folder}{os.sep}", "").splitlines()[0].split(": ")[0] for text in shown]
+    watching = [f"Watching {one.file_name} (page" for one in (E01, E20, E01)]  # round and round, until one is passed
+    verdicts = [f"{one.id} {one.title}" for one in (E01, E20, E01)]
+    assert first == [
+        watching[0], verdicts[0], "Hint 1 of 3", "Hint 2 of 3", "Hint 3 of 3", "Hint 3 of 3", "Keys",
+        first[7], verdicts[0], watching[1], verdicts[1], watching[2], verdicts[2],
+    ]  # fmt: skip
+    assert shown[7].endswith("  0 of 13 points")
+    assert workspace.find(folder).hints == {"e01": 3}
+
+
+def test_the_only_exercise_has_no_next(folder: Path):
+    shown: list[str] = []
+    assert follow(workspace.find(folder), [E01], shown.append, keys=Pressed("nq")) == 1
+    assert shown[-1].startswith("There is no other")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens a terminal of its own")
+def test_keys_of_a_terminal_come_without_enter_and_leave_it_as_it_was():
+    import pty
+    import termios
+
+    outside, inside = pty.openpty()
+    before = termios.tcgetattr(inside)
+    with open(inside, closefd=False) as stream, Keys(stream) as keys:
+        assert keys.active and keys.wait(0.0) == ""
+        os.write(outside, b"hn")
+        assert [keys.wait(5.0), keys.wait(5.0), keys.wait(0.0)] == ["h", "n", ""]
+    assert termios.tcgetattr(inside) == before
+    with open(inside, closefd=False) as stream, Keys(stream) as keys:
+        os.close(outside)
+        assert keys.wait(5.0) == "q"  # nobody is there any more
+        keys._before = None
+    os.close(inside)
+
+
+def test_without_a_terminal_there_are_no_keys(tmp_path: Path):
+    (tmp_path / "input").write_text("qqq")
+    with open(tmp_path / "input") as stream, Keys(stream) as keys:
+        assert not keys.active and keys.wait(0.0) == ""
+
+
 def test_bug_hunt_counts_what_a_test_finds(folder: Path):
     assert run("bughunt", "e01")[0] == 1  # the hunt shows nearly right code, so the exercise comes first
     space = workspace.find(folder)
-    space.note_pass(E01)
+    space.note(E01, E01.points, passed=True)
     assert "6 mistakes are hidden" in run("bughunt", "e01")[1]
     test = folder / "bughunt_e01.py"
     assert "nothing is written yet" in run("bughunt", "e01")[1]
@@ -184,3 +260,4 @@ def test_plain_pytest_grades_a_folder_with_one_item_a_check(folder: Path):
     assert "1 failed, 2 passed" in done.stdout
     assert "test_course[e01::zeros_and_back]" in done.stdout
     assert "a row of zeros is divided by its scale of 0" in done.stdout
+    assert "e01   2 of  3  Absmax int8" in done.stdout and "      2 of  3, with the public numbers" in done.stdout

@@ -3,13 +3,15 @@
 import csv
 import json
 import zipfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from minift.course import registry
-from minift.course.class_report import shape_of
+from minift.course.class_page import class_page
+from minift.course.class_report import examine, shape_of
 from minift.course.cli import cli
 from minift.course.cli_teacher import chosen
 from minift.course.collect import collect, student_of
@@ -40,6 +42,7 @@ def submissions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.writestr("my-course/e01_absmax.py", TRUNCATES)
         archive.writestr("my-course/e20_lora_by_hand.py", "import os\nos._exit(0)\ndef forward(): pass\n")
         archive.writestr("../../e23_adamw.py", "class AdamW: pass\n")
+        archive.writestr("my-course/manifest.json", '{"exercises": {"e01": {"hints": 2}}}')
     (folder / "carol_LATE_123_456_e01_absmax.py").write_text("import os\n" + SOLUTION + "\nos._exit(0)\n")
     moodle = folder / "Dan Doe_991_assignsubmission_file_"
     moodle.mkdir()
@@ -130,6 +133,58 @@ def test_report_counts_mistakes_and_finds_copies(graded: Path):
     assert "6 submissions" in said
     assert "2 x  truncates" in said
     assert "e01: Dan Doe, bob" in said  # the same but for names
+
+
+class Page(HTMLParser):
+    """The tags, and the text, of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.words += " "
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_report_as_a_page(graded: Path, tmp_path: Path):
+    said = run("report", graded / "records", "--html", tmp_path / "class.html")[1]
+    assert str(tmp_path / "class.html") in said
+    text = (tmp_path / "class.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and "prefers-color-scheme: dark" in text
+    assert "http" not in text and not any(tag in ("script", "link", "img", "iframe") for tag, _ in page.tags)
+    links = [found["href"] for tag, found in page.tags if tag == "a"]
+    assert links == ["#e01", "#e20"] and {"e01", "e20"} <= {found.get("id") for _, found in page.tags}
+    words = " ".join(page.words.split())
+    assert "6 submissions, 1.5 of 9 points on average" in words
+    assert "2 x" in words and "cut off towards zero instead of rounded (truncates)" in words
+    assert "e01: Dan Doe, bob" in words and "hints taken by 1;" in words
+    assert words.count("alice 9 3 6") == 1
+
+
+def test_names_of_students_are_no_markup():
+    row = {
+        "title": "T", "points": 1, "earned": 0, "status": "fail", "checks": [], "shape": None, "seconds": 0.0,
+        "misconception": "", "explanation": "", "hints": 0,
+    }  # fmt: skip
+    name = "<script>alert(1)</script>\"'&"
+    record = {"student": name, "earned": 0, "points": 1, "problem": "<b>no zip</b>", "exercises": {"e01": row}}
+    page = Page(class_page(examine([record])))
+    assert not {"script", "b"} & {tag for tag, _ in page.tags}
+    assert name in page.words and "<b>no zip</b>" in page.words
 
 
 def test_shapes_ignore_names_and_comments_and_nothing_else():
