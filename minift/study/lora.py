@@ -16,10 +16,18 @@ The storage of the 100-customer example: a fine-tuned copy of one 4096 x 4096 ma
 shared matrix and an adapter of rank 8 for each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from minift.adapters.config import LoraConfig
+from minift.adapters.inject import add_lora, count_parameters
+from minift.adapters.lora import LoraLinear
+from minift.model.decoder import CausalLM
+from minift.study.book_tables import OPT_350M
 
 
 def merged_weight(x_ni: Tensor, weight_oi: Tensor, a_ri: Tensor, b_or: Tensor, scaling: float = 1.0) -> Tensor:
@@ -106,3 +114,52 @@ def customer_storage(customers: int = 100, in_features: int = 4096, out_features
         raise ValueError("customers, in_features, out_features and r must be at least 1")
     full, adapter = in_features * out_features, r * (in_features + out_features)
     return Storage(full, adapter, customers * full, full + customers * adapter)
+
+
+def one_layer(weight_oi: Tensor, config: LoraConfig) -> LoraLinear:
+    """A linear layer of this weight with an adapter "default" of fresh values, as `add_lora` makes it."""
+    linear = nn.Linear(weight_oi.shape[1], weight_oi.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_oi, requires_grad=False)
+    layer = LoraLinear(linear)
+    layer.add("default", config)
+    return layer
+
+
+def kept_for_backward(form: Callable[[], Tensor]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a forward pass keeps for its backward pass, one that is kept twice once."""
+    kept: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        shape = tuple(sorted(tensor.shape))  # a transposed view is the same memory
+        kept.setdefault((tensor.untyped_storage().data_ptr(), shape), tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = form()  # alive until the shapes are counted, or freed memory would be used again
+    return sorted(kept.values()) if y.requires_grad else []
+
+
+BOOK_COUNTS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "q, v": ({}, 786_432, 331_982_848),
+    "and norms whole": ({"modules_to_save": ("layer_norm",)}, 884_736, 332_081_152),
+    "and the embedding whole": (
+        {"modules_to_save": ("layer_norm", "embed_tokens"), "ensure_weight_tying": True}, 26_624_000, 357_820_416,
+    ),
+    "q, v, embedding by LoRA": ({"target_modules": ("q_proj", "v_proj", "embed_tokens")}, 1_192_704, 358_128_384),
+}  # fmt: skip
+
+
+def opt_counts() -> str:
+    """Trained and all parameters of OPT-350M with the adapters of the book's chapter 3, counted and as printed there.
+
+    The model is made on the meta device: shapes, no memory, no weights.
+    """
+    lines = [f"{'adapter, r = 8':<26}{'trained':>12}{'all':>14}{'share':>10}   the book"]
+    for name, (options, trained, total) in BOOK_COUNTS.items():
+        with torch.device("meta"):
+            model = CausalLM(OPT_350M)
+        add_lora(model, LoraConfig(**{"r": 8, "target_modules": ("q_proj", "v_proj")} | options))
+        own = count_parameters(model)
+        said = "the same" if own == (trained, total) else f"{trained:,} of {total:,}, {100 * trained / total:.4f} %"
+        lines.append(f"{name:<26}{own[0]:>12,}{own[1]:>14,}{100 * own[0] / own[1]:>8.4f} %   {said}")
+    return "\n".join(lines)

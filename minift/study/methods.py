@@ -27,6 +27,7 @@ import torch
 from minift.adapters.config import LoraConfig
 from minift.adapters.inject import count_parameters
 from minift.adapters.method import Method
+from minift.adapters.report import AdapterReport, report
 from minift.adapters.verbs import METHODS, add_adapter
 from minift.data.collate import Batch
 from minift.model.decoder import CausalLM
@@ -158,3 +159,18 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
             f"{f'{row.loss_before:.3f} > {row.loss_after:.3f}':>15}"
         )
     return "\n".join(lines)
+
+
+def reports(load: Callable[[], CausalLM], methods: Mapping[str, LoraConfig | Method]) -> dict[str, AdapterReport]:
+    """What each method would train of a model, and where.
+
+    Args:
+        load: gives the model, the same one each time.
+        methods: settings by name.
+    """
+    found = {}
+    for name, config in methods.items():
+        model = load()
+        add_adapter(model, config)
+        found[name] = report(model)
+    return found

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minift.adapters.config import LoraConfig
 from minift.study import lora
 
 
@@ -76,3 +77,56 @@ def test_the_storage_of_a_hundred_customers():
 def test_sizes_below_one_are_refused(numbers: tuple[int, int, int, int]):
     with pytest.raises(ValueError, match="at least 1"):
         lora.customer_storage(*numbers)
+
+
+def test_one_layer_computes_equation_3_4():
+    weight_oi, x_ni = torch.randn(5, 7), torch.randn(3, 7)
+    layer = lora.one_layer(weight_oi, LoraConfig(r=2, alpha=6))
+    assert torch.equal(layer(x_ni), x_ni @ weight_oi.T)
+    a_ri, b_or = layer.matrices("default")
+    with torch.no_grad():
+        b_or.normal_()
+        # Sums of 7 + 2 products of sizes below 10 in another order.
+        assert (layer(x_ni) - lora.scaled_bottleneck(x_ni, weight_oi, a_ri, b_or, 6)).abs().max() <= 20 * 2**-24 * 100
+    assert not weight_oi.requires_grad and [p.shape for p in layer.parameters() if p.requires_grad] == [(2, 7), (5, 2)]
+
+
+def test_what_each_form_keeps():
+    """By the chain rule: each product keeps its two factors, if both gradients are asked for; W is frozen."""
+    x, w = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4)
+    a, b = torch.randn(2, 4, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    factors = [(2, 4), (5, 2), (6, 4)]
+    expected = {
+        lora.merged_weight: [*factors, (5, 4)],  # the merged weight
+        lora.two_products: [*factors, (5, 4), (5, 4)],  # W and B A
+        lora.bottleneck: [*factors, (5, 4), (6, 2)],  # W, and what is between A and B
+    }
+    for form, shapes in expected.items():
+        found = lora.kept_for_backward(lambda form=form: form(x, w, a, b))
+        assert sorted(tuple(sorted(shape)) for shape in found) == sorted(tuple(sorted(shape)) for shape in shapes)
+    assert lora.kept_for_backward(lambda: w @ w.T) == []
+
+
+def test_the_counts_of_opt_350m():
+    """The book's; but the head that came loose from the embedding, and was counted again there, counts once."""
+    lines = lora.opt_counts().split("\n")[1:]
+    assert [line.endswith("the same") for line in lines] == [True, True, True, False]
+    for line, numbers in zip(
+        lines,
+        (("786,432", "331,982,848", "0.2369"), ("884,736", "332,081,152", "0.2664"),
+         ("26,624,000", "357,820,416", "7.4406"), ("1,192,704", "332,389,120", "0.3588", "358,128,384", "0.3330")),
+        strict=True,
+    ):  # fmt: skip
+        assert all(number in line for number in numbers)
+
+
+def test_the_golden_numbers_of_the_book():
+    """Chapter 3: A and B drawn with seed 11, the input with seed 19."""
+    torch.manual_seed(11)
+    a_ri, b_or = torch.nn.Linear(1024, 8, bias=False).weight, torch.nn.Linear(8, 1024, bias=False).weight
+    assert (a_ri.numel(), b_or.numel(), torch.linalg.matrix_rank(b_or @ a_ri)) == (8192, 8192, 8)
+    torch.manual_seed(19)
+    x_ni, nothing = torch.randn(1, 1024), torch.zeros(1024, 1024)
+    for form in (lora.merged_weight, lora.two_products, lora.bottleneck):
+        added = form(x_ni, nothing, a_ri, b_or)[0, :3].tolist()
+        assert added == pytest.approx([-0.0357, 0.0230, -0.4607], abs=5.1e-5)  # four decimals are printed

@@ -12,7 +12,7 @@ from minift.adapters.own import FullConfig, NormConfig
 from minift.adapters.verbs import add_adapter
 from minift.data.collate import Batch
 from minift.optim.adamw import AdamW
-from minift.study.methods import MethodRow, compare, every_method, format_methods, mean_loss
+from minift.study.methods import MethodRow, compare, every_method, format_methods, mean_loss, reports
 
 METHODS = {"lora": minift.LoraConfig(r=2), "ia3": IA3Config(), "pfeiffer": PfeifferConfig(), "norms": NormConfig()}
 
@@ -94,6 +94,14 @@ def test_table_and_picture(rows: list[MethodRow], tmp_path: Path):
     assert methods_plot(rows).png[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no method was compared"):
         methods_plot([])
+
+
+def test_reports_are_those_of_the_trained_models(tiny: Path, rows: list[MethodRow]):
+    found = reports(lambda: minift.load_model(tiny), METHODS | {"full": FullConfig()})
+    assert [(name, said.trained, said.total) for name, said in found.items()] == [
+        (row.method, row.trained, row.total) for row in rows
+    ]
+    assert [said.method for said in found.values()] == list(found)
 
 
 def test_too_little(tiny: Path, batches: list[Batch]):
