@@ -18,7 +18,7 @@ ROUNDING = 1e-6  # relative, for answers that are examined rather than compared
 
 def same_answer(case: Case, one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
     """Whether two answers to a case are one and the same: values within the tolerance, or one kind of exception."""
-    if one is None or other is None:
+    if one is None or other is None or one is other:
         return one is other
     if "value" not in one or "value" not in other:
         return "raised" in one and one.get("raised") == other.get("raised")

@@ -8,6 +8,7 @@ A package with exercises of its own names a module whose folder holds them:
 
 import importlib.util
 import tomllib
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from minift.course.spec import Check, Exercise, Mutant
 HERE = Path(__file__).parent / "exercises"
 
 
-def packs() -> list[Path]:
+@cache  # reading the metadata of all that is installed takes longer than judging an answer
+def packs() -> tuple[Path, ...]:
     """The folders that exercises are read from, our own first."""
     found = [HERE]
     for point in entry_points(group="minift.course"):
@@ -24,7 +26,7 @@ def packs() -> list[Path]:
         if spec is None:
             raise ValueError(f"the exercise pack {point.name} names {point.value}, which cannot be imported")
         found.extend(Path(place) for place in spec.submodule_search_locations or [])
-    return found
+    return tuple(found)
 
 
 def read_exercise(folder: Path) -> Exercise:
