@@ -178,8 +178,8 @@ class NormConfig(OwnParameters):
 
     def choose(self, model: CausalLM) -> list[str]:
         found, targets = norms(model), self.targets(model)
-        each = [targets] if isinstance(targets, str) else [(name,) for name in targets]
-        strange = [target for target in each if not any(is_target(path, target) for path in found)]
+        each = {targets: targets} if isinstance(targets, str) else {name: (name,) for name in targets}
+        strange = [name for name, target in each.items() if not any(is_target(path, target) for path in found)]
         if strange or not each:
             raise ValueError(f"no norm matches target {strange or targets!r}; norms here: {short_names(found)}")
         chosen = [

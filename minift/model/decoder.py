@@ -28,10 +28,11 @@ from minift.model.config import ModelConfig
 from minift.model.layers import QKV, Block, Part, norm
 from minift.model.rope import Rotation, rotation
 
-# False: keep everything for the backward pass. True: keep each block's input and compute the block again, about a third
-# more time for a fraction of the activation memory. "selective": keep the results of linear layers and of fused
-# attention, which cost most to compute, and compute only what lies between them again. It pays for training all
-# weights; with LoRA the frozen layers' results are kept as well, and that is more than keeping what backward needs.
+# False: keep everything for the backward pass. True: keep each block's input and compute the block again: a third more
+# work, with LoRA half as much again (frozen weights have no gradient), for a fraction of the memory. "selective": keep
+# the results of linear layers and of fused attention, which cost most to compute, and compute only what lies between
+# them again. It pays for training all weights; with LoRA the frozen layers' results are kept as well, and that is more
+# than keeping what backward needs.
 Checkpointing = bool | Literal["selective"]
 
 

@@ -188,7 +188,7 @@ def _take_steps(setting: Setting, steps: int) -> Measured:
                for _ in range(setting.accumulation)]  # fmt: skip
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[setting.optimizer](trained, lr=0.0)
-    return measure_step(model, batches, optimizer, setting.checkpointing, steps)  # pyright: ignore[reportArgumentType]
+    return measure_step(model, batches, optimizer, setting.checkpointing, steps)
 
 
 def ratios(results: Sequence[Filled]) -> list[tuple[float, float | None]]:

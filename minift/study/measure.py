@@ -20,7 +20,7 @@ from torch import Tensor
 from minift.adapters.inject import adapter_parameters
 from minift.adapters.switched import switched
 from minift.data.collate import Batch
-from minift.model.decoder import CausalLM
+from minift.model.decoder import CausalLM, Checkpointing
 from minift.study.ledger import Ledger
 from minift.study.live import LiveBytes
 from minift.train.step import train_step
@@ -68,7 +68,7 @@ def measure_step(
     model: CausalLM,
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     steps: int = 2,
 ) -> Measured:
     """Take training steps and measure the last one. The parameters are changed: work on a copy, or with lr 0.

@@ -67,8 +67,8 @@ class TrainConfig:
     shuffle: bool = _setting(True, "Draw the rows of each epoch in an order fixed by the seed.")
     gradient_checkpointing: str = _setting(
         "off",
-        "Compute activations again in the backward pass: all (on: a third slower, far less memory), or all but the "
-        "products (selective).",
+        "Compute activations again in the backward pass: all (on: a third to a half slower, far less memory), or all "
+        "but the products (selective).",
         CHECKPOINTING,
     )
     seed: int = _setting(0, "Seed of data order and dropout.")

@@ -80,7 +80,7 @@ def memory_advice(config: TrainConfig) -> list[str]:
             f"{config.gradient_accumulation}): the same step in smaller pieces"
         )
     if config.checkpointing is not True:
-        advice.append("gradient_checkpointing on: a third slower, and only one layer's activations at a time")
+        advice.append("gradient_checkpointing on: a third to a half slower, and only one layer's activations at a time")
     advice.append(f"max_length {max(2, config.max_length // 2)} (now {config.max_length}): shorter rows")
     if config.optimizer != "adamw8bit":
         advice.append("optimizer adamw8bit: 2 bytes of state a trained parameter instead of 8")
