@@ -42,7 +42,7 @@ def export(path: Path, theme: str) -> str:
     found = importlib.util.find_spec("jupyter_server_mathjax")
     if found is not None and found.origin is not None:
         mathjax = Path(found.origin).parent / "static" / "MathJax.js"
-        exporter.mathjax_url = f"{mathjax.as_uri()}?config=TeX-AMS_CHTML-full,Safe"
+        exporter.mathjax_url = f"{mathjax.as_uri()}?config=TeX-AMS-MML_HTMLorMML-full,Safe"
     page, _ = exporter.from_notebook_node(stored(path))
     return page
 
