@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
-SECONDS = 300  # for one cell
+SECONDS = 900  # for one cell, on a machine that has other work, too
 NUMBER = re.compile(r"[-+]?\d+(?:[\d,]*\d)?(?:\.\d+)?(?:e[-+]?\d+)?")
 CLOSE, TINY = 0.02, 2e-3  # relative; absolute, for what is zero but for rounding
 SQUARE, UNLIKE = 8, 40  # pixels; brightness of 255

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import torch
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# A shell starts what runs in the background with Ctrl-C ignored, and its children inherit that. Tests that interrupt a
+# process of their own then wait for nothing; with Python's handler here the children begin with the default again.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `benchmarks` and `notebooks` lie at the root, which stays off sys.path for everything else: there `kernels/` would
 # look like somebody else's package. The entry `tests` of sys.path holds folders of these names, too, but a folder

@@ -40,7 +40,7 @@ def parsed(cell: NotebookNode) -> ast.Module:
 
 
 @pytest.mark.notebooks
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @notebooks()
 def test_it_runs_and_shows_what_is_stored(name: str, real: Path, monkeypatch: pytest.MonkeyPatch):
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
