@@ -50,6 +50,7 @@ Source: Dettmers et al., LLM.int8(), arXiv 2208.07339. Here n counts rows (token
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -260,7 +261,29 @@ torch.library.define("minift::int8_matmul", "(Tensor a_ni, Tensor b_oi) -> Tenso
 
 @torch.library.impl("minift::int8_matmul", "default")
 def _int8_matmul(a_ni: Tensor, b_oi: Tensor) -> Tensor:
-    return torch._int_mm(a_ni, b_oi.T)
+    return torch._int_mm(a_ni, b_oi.T) if _has_byte_products() else _int8_matmul_by_floats(a_ni, b_oi)
+
+
+@cache
+def _has_byte_products() -> bool:
+    """Whether this CPU multiplies bytes fast and adds them in 32 bits: AVX-512 with VNNI.
+
+    Without AVX-512 torch multiplies one by one, slower than in fp32. And oneDNN, where it is told to use less than the
+    CPU has (ONEDNN_MAX_CPU_ISA), adds pairs of products in 16 bits and cuts off what is more.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.T) == 64 * 127**2).all())
+
+
+def _int8_matmul_by_floats(a_ni: Tensor, b_oi: Tensor) -> Tensor:
+    """The same sums in fp32, which holds every integer up to 2^24: exact for 1024 products of at most 2^14."""
+    sums_no = a_ni.new_zeros(len(a_ni), len(b_oi), dtype=torch.int32)
+    for start in range(0, a_ni.shape[1], 1024):
+        piece = slice(start, start + 1024)
+        sums_no += (a_ni[:, piece].float() @ b_oi[:, piece].float().T).to(torch.int32)
+    return sums_no
 
 
 def _int8_matmul_padded(a_ni: Tensor, b_oi: Tensor) -> Tensor:

@@ -9,6 +9,10 @@ What has to be known about bitsandbytes 0.50.2 on a CPU:
 - Its bias gradient sums over the first dimension only, so that one is compared for matrices.
 """
 
+import os
+import subprocess
+import sys
+
 import bitsandbytes
 import numpy as np
 import pytest
@@ -256,6 +260,45 @@ def test_product_is_exact_up_to_its_limit(device: str):
     assert ours.item() != ours.float().item()
     ours = int8_matmul(*torch.full((2, 1, 2**17 - 1), -128, dtype=torch.int8, device=device))
     assert ours.item() == (2**17 - 1) * 2**14
+
+
+@pytest.mark.parametrize(("rows", "features", "out_features"), PRODUCTS)
+def test_product_by_floats_equals_numpy(rows: int, features: int, out_features: int):
+    for a, b in ((random_codes(rows, features), random_codes(out_features, features)),
+                 torch.full((2, max(rows, 1), features), -128, dtype=torch.int8)):  # fmt: skip
+        ours = int8._int8_matmul_by_floats(a, b)
+        assert ours.dtype == torch.int32
+        assert np.array_equal(ours.numpy(), a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T)
+
+
+def test_product_on_a_cpu_that_cuts_sums_of_pairs(monkeypatch: pytest.MonkeyPatch):
+    """As oneDNN does without VNNI: (a + 128) b of two neighbours added in int16, then 128 sum(b) taken off."""
+
+    def cutting(a: Tensor, b: Tensor) -> Tensor:
+        products = (a.int() + 128).unsqueeze(-1) * b.int()
+        pairs = products.view(len(a), -1, 2, b.shape[1]).sum(2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(1) - 128 * b.int().sum(0)).int()
+
+    monkeypatch.setattr(torch, "_int_mm", cutting)
+    int8._has_byte_products.cache_clear()
+    try:
+        a, b = random_codes(5, 64), random_codes(7, 64)
+        exact = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
+        assert not np.array_equal(cutting(a, b.T).numpy(), exact)
+        assert np.array_equal(int8_matmul(a, b).numpy(), exact)
+    finally:
+        int8._has_byte_products.cache_clear()
+
+
+def test_product_with_onednn_held_to_avx2():
+    program = (
+        "import torch; from minift.quant.int8 import int8_matmul; torch.manual_seed(0); "
+        "a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((9, 300), (17, 300))); "
+        "print(torch.equal(int8_matmul(a, b).long(), a.long() @ b.long().T))"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_product_of_views():
