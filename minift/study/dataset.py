@@ -40,7 +40,8 @@ class DataLook:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        pages = [f'<pre style="white-space:pre-wrap">{escape(text)}</pre>' for text in self._texts()]
+        style = "font-family:monospace;white-space:pre-wrap"
+        pages = [f'<pre style="{style}">{escape(text)}</pre>' for text in self._texts()]
         return "\n".join([*pages, self.shown._repr_html_()])
 
     def save_html(self, path: str | Path) -> Path:

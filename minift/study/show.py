@@ -93,7 +93,7 @@ class Shown:
 
     def _repr_html_(self) -> str:
         text = "\n".join(_lines(self.rows, _tagged, escape))
-        return f'<pre style="white-space:pre-wrap;line-height:1.6">{text}</pre>'
+        return f'<pre style="font-family:monospace;white-space:pre-wrap;line-height:1.6">{text}</pre>'
 
 
 def show_example(tokenizer: Tokenizer, example: Example, color: bool = False) -> Shown:
