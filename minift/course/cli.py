@@ -94,12 +94,15 @@ def _check(
 @cli.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="my-course")
 def init(folder: Path) -> None:
-    """Make a course folder. In one that exists, only what is missing is added."""
+    """Make a course folder, or renew one: what you changed stays, with a newer text beside it as NAME.new."""
     known = workspace.read(folder) or Workspace(folder)
     exercises = list(known.exercises(registry.all_exercises()).values())
-    _, fresh = workspace.make(folder, exercises)
+    _, written = workspace.make(folder, exercises)
     points = sum(one.points for one in exercises)
-    click.echo(f"{len(fresh)} new files in {folder.absolute()}: {len(exercises)} exercises, {points} points.")
+    click.echo(f"{len(written)} files written in {folder.absolute()}: {len(exercises)} exercises, {points} points.")
+    for name in written:
+        if name.endswith(".new"):
+            click.echo(f"  {name} is a newer text of a file that you changed: compare, then delete it")
     click.echo(f"Go on with:  cd {folder}  and  minift-course")
 
 

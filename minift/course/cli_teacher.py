@@ -50,18 +50,21 @@ def _key_of(path: Path | None) -> bytes:
               help="Submissions at a time; the number of cores by default, at most 8.")  # fmt: skip
 @click.option("--one", is_flag=True, help="SUBMISSIONS is a single one: a folder, a zip or a file.")
 @click.option("--gradescope", "results", type=_OUT, help="With --one: also write Gradescope's results.json here.")
+@click.option("--weights", "weights_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="TOML file of factors on the points in the totals, such as e01 = 2.")  # fmt: skip
 @click.option("--require-isolation", is_flag=True, help="Refuse to run where the network cannot be taken away.")
 @_exercises
 @_key
 @_seeds
 def grade(submissions: Path, csv_path: Path, out: Path, jobs: int, one: bool, results: Path | None,
-          require_isolation: bool, wanted: str, seed_key: Path | None, seeds: int) -> None:  # fmt: skip
+          weights_path: Path | None, require_isolation: bool, wanted: str, seed_key: Path | None,
+          seeds: int) -> None:  # fmt: skip
     """Grade submissions: folders, zips or single files. What was graded before is not graded again."""
     from tqdm import tqdm
 
     from minift.course.collect import collect, read_submission
     from minift.course.gradescope import write_results
-    from minift.course.marks import grade_all, write_csv
+    from minift.course.marks import grade_all, read_weights, total_of, write_csv
     from minift.course.runner import has_namespaces
 
     if results is not None and not one:
@@ -71,13 +74,15 @@ def grade(submissions: Path, csv_path: Path, out: Path, jobs: int, one: bool, re
             "the network cannot be taken away from a process here; run this on Linux with `unshare` allowed"
         )
     exercises = chosen(wanted)
+    weights = read_weights(weights_path, exercises) if weights_path else {}
     found = [read_submission(submissions, exercises)] if one else list(collect(submissions, exercises, out))
     with tqdm(total=len(found), desc="graded", unit=" submissions", ascii=True) as bar:
         records = grade_all(found, exercises, out, _key_of(seed_key), seeds, jobs, bar.update)
-    write_csv(records, exercises, csv_path)
+    write_csv(records, exercises, csv_path, weights)
     for record in records:
         problem = f"  ({record['problem']})" if record["problem"] else ""
-        click.echo(f"  {record['student']:30s} {record['earned']:3d} of {record['points']}{problem}")
+        earned, most = total_of(record, weights)
+        click.echo(f"  {record['student']:30s} {earned:3} of {most}{problem}")
     if results is not None:
         write_results(records[0], results, secret=seed_key is not None)
     click.echo(f"{csv_path.absolute()}; records in {out.absolute()}; for the class: minift-course report {out}")
@@ -123,8 +128,8 @@ def release(output: Path, wanted: str) -> None:
     from minift.course import workspace
 
     exercises = chosen(wanted)
-    _, fresh = workspace.make(output, exercises, [one.id for one in exercises])
-    click.echo(f"{len(fresh)} new files in {output.absolute()}: {', '.join(one.id for one in exercises)}")
+    _, written = workspace.make(output, exercises, [one.id for one in exercises])
+    click.echo(f"{len(written)} files written in {output.absolute()}: {', '.join(one.id for one in exercises)}")
 
 
 @click.command()

@@ -8,9 +8,11 @@ that breaks its process costs the others nothing.
 import csv
 import hashlib
 import json
+import math
 import re
 import threading
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -118,22 +120,58 @@ def grade_all(
     return sorted(records, key=lambda record: record["student"])
 
 
+def read_weights(path: Path, exercises: list[Exercise]) -> dict[str, float]:
+    """What to multiply an exercise's points by in a total, as a TOML file says: `e01 = 2`, `e07 = 0`; 1 for the others.
+
+    ValueError if the file is no TOML, names an exercise that is not graded, or holds anything but numbers from 0 on.
+    """
+    try:
+        weights = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}; write lines such as e01 = 2") from error
+    known = [one.id for one in exercises]
+    for name, weight in weights.items():
+        if name not in known:
+            raise ValueError(f"{path} weighs {name}, which is not among {known[0]} to {known[-1]} that are graded")
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            raise ValueError(f"{path}: {name} = {weight!r}; a weight is a number from 0 on")
+    return weights
+
+
+def total(points: Mapping[str, int], weights: Mapping[str, float]) -> float:
+    """Points of all exercises together, to the hundredth where weights make them broken."""
+    value = round(sum(weights.get(name, 1) * count for name, count in points.items()), 2)
+    return int(value) if value == int(value) else value
+
+
+def total_of(record: dict[str, Any], weights: Mapping[str, float]) -> tuple[float, float]:
+    """A student's total, and the most it could be."""
+    rows = record["exercises"].items()
+    return (
+        total({name: row["earned"] for name, row in rows}, weights),
+        total({name: row["points"] for name, row in rows}, weights),
+    )
+
+
 def _text(value: Any) -> Any:
     """A name that starts like a formula must not become one in a spreadsheet."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
-def write_csv(records: list[dict[str, Any]], exercises: list[Exercise], path: Path) -> None:
-    """One row a student; the second row holds what could be had."""
+def write_csv(
+    records: list[dict[str, Any]], exercises: list[Exercise], path: Path, weights: Mapping[str, float] | None = None
+) -> None:
+    """One row a student; the second row holds what could be had. Weights change the totals only."""
+    weights = weights or {}
     header = ["student", "total", "max", *(f"{one.id} {name}" for one in exercises for name in COLUMNS)]
-    best: list[Any] = ["(maximum)", *(2 * [sum(one.points for one in exercises)])]
+    best: list[Any] = ["(maximum)", *(2 * [total({one.id: one.points for one in exercises}, weights)])]
     for one in exercises:
         best += [one.points, "pass", f"{len(one.checks)}/{len(one.checks)}", "", ""]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([header, best])
         for record in records:
-            row = [_text(record["student"]), record["earned"], record["points"]]
+            row = [_text(record["student"]), *total_of(record, weights)]
             for one in exercises:
                 found = record["exercises"][one.id]
                 passed = sum(check["status"] == "pass" for check in found["checks"])

@@ -4,13 +4,18 @@
     solution       full points on every seed, and so every equivalent
     mutants        rejected on every seed, by the check they name; the diagnosis names them
     tolerances     the worst right answer stays below a quarter of a tolerance, the best wrong one is above four
+    inputs         no tensor has two equal dimensions: a square one hides a transposed answer
     the page       three hints, at most one page, ASCII, the names are in the starter
 
 Printed as a kill matrix: which check rejects which mistake.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from minift.course.diagnose import explain
 from minift.course.judge import PUBLIC_KEY, Answers, Verdict, ask, blank, draw, grade, judge_answers
@@ -60,6 +65,27 @@ def check_page(exercise: Exercise, report: Report) -> None:
     report.problems += [f"{exercise.id}: {sentence}" for sentence, kept in rules.items() if not kept]
 
 
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple, dict)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(part, f"{name}[{key!r}]")
+
+
+def check_shapes(exercise: Exercise, cases: list[tuple[int, Case]], report: Report, key: bytes) -> None:
+    """No dimension of an input equals another one: with such a tensor swapped dimensions go unnoticed."""
+    for number, case in cases:
+        for argument, given in case.given.items():
+            for name, tensor in _tensors(given, argument):
+                sizes = [size for size in tensor.shape if size > 1]
+                if len(set(sizes)) < len(sizes):
+                    report.problems.append(
+                        f"{exercise.id} {key!r}: {exercise.checks[number].name} gives {case.call} {name} of shape "
+                        f"{tuple(tensor.shape)}: two equal dimensions hide a transposed answer"
+                    )
+
+
 def _size(verdict: Verdict) -> float:
     return max((one.size for one in verdict.checks), default=0.0)
 
@@ -96,6 +122,7 @@ def check_draw(exercise: Exercise, key: bytes, runner: Runner, report: Report) -
     """Everything that depends on the inputs, for the inputs of one key."""
     cases, solution = draw(exercise, key, 1), exercise.text("solution.py")
     report.draws += 1
+    check_shapes(exercise, cases, report, key)
     _check_right(exercise, cases, runner, report, key)
     known = {mutant.name: ask(exercise, mutant.source(solution), cases, runner) for mutant in exercise.mutants}
     for mutant in exercise.mutants:

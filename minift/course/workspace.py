@@ -6,9 +6,11 @@
         pages/e01_absmax.md ...                          what to write
         solutions/e01_absmax.py                          written after an exercise is passed (or given up)
 
-Nothing that exists is ever overwritten; `reset` puts a copy with the time in its name beside the file first.
+Nothing that a student changed is ever overwritten. `init` in a folder of an older course renews what is as it was
+given, and puts a newer text beside what is not, as NAME.new; `reset` keeps a copy with the time in its name first.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -61,10 +63,11 @@ class Workspace:
     given_up: dict[str, str] = field(default_factory=dict)  # exercise -> when
     earned: dict[str, int] = field(default_factory=dict)  # exercise -> points at the last check
     only: list[str] = field(default_factory=list)  # the exercises of this folder; all if empty
+    given: dict[str, str] = field(default_factory=dict)  # file -> hash of the text it was last given here
 
     def save(self) -> None:
         """Write the record."""
-        record = {name: getattr(self, name) for name in (*_KEPT, "only")}
+        record = {name: getattr(self, name) for name in (*_KEPT, "only", "given")}
         (self.folder / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def exercises(self, known: dict[str, Exercise]) -> dict[str, Exercise]:
@@ -142,22 +145,34 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def make(folder: Path, exercises: list[Exercise], only: list[str] | None = None) -> tuple[Workspace, list[str]]:
-    """Make or complete a folder, for all exercises or `only` some; returns it and the names of its new files."""
+    """Make, complete or renew a folder, for all exercises or `only` some; returns it and the names of what was written.
+
+    A file that the student changed stays as it is; if its text in the course is newer, that is written to NAME.new.
+    """
     files = {"README.md": _readme(exercises), "AGENTS.md": _AGENTS, "test_course.py": _TEST}
     for one in exercises:
-        files[one.file_name] = one.starter(one.page_name)
         files[one.page_name] = one.text("README.md")
-    fresh = []
-    for name, text in files.items():
-        path = folder / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            fresh.append(name)
+        if (folder / one.file_name).exists() or not any(folder.glob(f"{one.id}*.py")):  # not called otherwise here
+            files[one.file_name] = one.starter(one.page_name)
     workspace = read(folder) or Workspace(folder, only=only or [])
+    written = []
+    for name, text in files.items():
+        path, given = folder / name, workspace.given.get(name, _hash(text))
+        workspace.given[name] = _hash(text)
+        if path.exists() and given == _hash(text):
+            continue
+        if path.exists() and _hash(path.read_text(encoding="utf-8", errors="replace")) != given:
+            path = path.with_name(f"{path.name}.new")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        written.append(path.relative_to(folder).as_posix())
     workspace.save()
-    return workspace, fresh
+    return workspace, written
 
 
 def read(folder: Path) -> Workspace | None:
@@ -167,7 +182,8 @@ def read(folder: Path) -> Workspace | None:
     try:
         record: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         kept = {name: dict(record.get(name, {})) for name in _KEPT}
-        return Workspace(folder, **kept, only=list(record.get("only", [])))
+        given = {str(name): str(value) for name, value in dict(record.get("given", {})).items()}
+        return Workspace(folder, **kept, only=list(record.get("only", [])), given=given)
     except (ValueError, TypeError, AttributeError):
         return Workspace(folder)
 

@@ -16,6 +16,7 @@ from minift.course.policy import violations
 from minift.course.registry import read_exercise
 from minift.course.runner import Runner
 from minift.course.scaffold import scaffold
+from minift.course.selfcheck import Report, check_shapes
 from minift.course.spec import Case
 from minift.course.worker import wire
 
@@ -114,6 +115,17 @@ def stays_inside(draw):
         exercise = read_exercise(tmp_path / "x1_guarded")
         exercise.__dict__["mutants"] = ()
         assert grader.grade(exercise, SCALE.format(body=body), "x1.py").status == status
+
+
+def test_a_square_input_is_a_problem(tmp_path):
+    """Also where it lies in a list of a dictionary; a dimension of one is no square."""
+    scaffold(tmp_path / "x3_square")
+    exercise, report = read_exercise(tmp_path / "x3_square"), Report()
+    shapes = [(3, 7), (1, 5, 1), (4, 2, 4)]
+    given = {"x": {"parts": [torch.zeros(shape) for shape in shapes]}, "n": 3}
+    check_shapes(exercise, [(0, Case("double", given))], report, b"a key")
+    assert len(report.problems) == 1
+    assert "twice gives double x['parts'][2] of shape (4, 2, 4)" in report.problems[0]
 
 
 def test_a_check_without_a_single_answer_is_not_passed(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,9 +51,29 @@ def test_init_makes_everything_once(tmp_path: Path, monkeypatch):
     assert {"README.md", "AGENTS.md", "test_course.py", ".minift-course.json", "e01_absmax.py"} <= made
     assert {f"pages/{one.folder.name}.md" for one in EXERCISES.values()} <= made
     (tmp_path / "here" / "e01_absmax.py").write_text("mine\n")
-    (tmp_path / "here" / "e20_lora_by_hand.py").unlink()
-    assert "1 new files" in run("init", "here")[1]
+    (tmp_path / "here" / "README.md").unlink()
+    (tmp_path / "here" / E20.file_name).rename(tmp_path / "here" / "e20.py")
+    assert "1 files written" in run("init", "here")[1]
     assert (tmp_path / "here" / "e01_absmax.py").read_text() == "mine\n"
+    assert not (tmp_path / "here" / E20.file_name).exists()  # it would be graded instead of e20.py
+
+
+def test_init_brings_an_older_folder_up_to_date(tmp_path: Path):
+    """What is as it was given is renewed; what was changed stays, with the newer text beside it, once."""
+    older = [replace(E01, folder=tmp_path / E01.folder.name)]
+    shutil.copytree(E01.folder, older[0].folder)
+    for name in ("README.md", "starter.py"):
+        text = older[0].text(name)
+        (older[0].folder / name).write_text(text + "\n# of last year\n", encoding="utf-8")
+    here = tmp_path / "here"
+    workspace.make(here, older)
+    page, code = here / E01.page_name, here / E01.file_name
+    code.write_text("mine\n")
+    assert workspace.make(here, older)[1] == []
+    assert set(workspace.make(here, [E01])[1]) == {E01.page_name, f"{E01.file_name}.new"}
+    assert page.read_text() == E01.text("README.md") and code.read_text() == "mine\n"
+    assert (here / f"{E01.file_name}.new").read_text() == E01.starter(E01.page_name)
+    assert workspace.make(here, [E01])[1] == []
 
 
 def test_a_wrong_answer_is_explained(folder: Path):

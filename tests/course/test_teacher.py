@@ -15,6 +15,7 @@ from minift.course.class_report import examine, shape_of
 from minift.course.cli import cli
 from minift.course.cli_teacher import chosen
 from minift.course.collect import collect, student_of
+from minift.course.marks import read_weights
 
 EXERCISES = registry.all_exercises()
 E01, E20 = EXERCISES["e01"], EXERCISES["e20"]
@@ -110,6 +111,33 @@ def test_grades(graded: Path):
     assert rows["bob"]["e01 misconception"] == rows["Dan Doe"]["e01 misconception"] == "truncates"
     assert rows["bob"]["e20 status"] == "crash"
     assert rows["alice"]["e20 passed"] == f"{len(E20.checks)}/{len(E20.checks)}"
+
+
+def test_weights_change_the_totals_only(submissions: Path, graded: Path, tmp_path: Path):
+    (tmp_path / "weights.toml").write_text("e01 = 2.75\ne20 = 0  # not this year\n")
+    arguments = ("--csv", tmp_path / "grades.csv", "--json", graded / "records", "--exercises", "e01,e20")
+    said = run("grade", submissions, *arguments, "--weights", tmp_path / "weights.toml")[1]
+    rows, before = rows_of(tmp_path / "grades.csv"), rows_of(graded / "grades.csv")
+    assert rows["alice"]["total"] == rows["(maximum)"]["total"] == str(2.75 * E01.points) == "8.25"
+    assert "8.25 of 8.25\n" in said
+    for name, row in rows.items():
+        assert {**before[name], "total": "", "max": ""} == {**row, "total": "", "max": ""}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("e01: 2", "weights.toml is not TOML"),
+        ("e21 = 2", "weighs e21, which is not among"),
+        ("e01 = -1", "e01 = -1; a weight is a number from 0 on"),
+        ("e01 = nan", "e01 = nan; a weight"),
+        ("e01 = true", "e01 = True; a weight"),
+    ],
+)
+def test_weights_that_make_no_sense(tmp_path: Path, text: str, message: str):
+    (tmp_path / "weights.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "weights.toml", [E01, E20])
 
 
 def test_grading_goes_on_where_it_stopped(submissions: Path, graded: Path, monkeypatch):

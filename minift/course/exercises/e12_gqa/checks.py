@@ -6,7 +6,7 @@ import torch
 
 from minift.course.spec import Case, check
 
-BATCH, LENGTH, WIDTH, HEADS, D = 2, 5, 20, 6, 4  # WIDTH is not HEADS * D
+BATCH, LENGTH, WIDTH, HEADS, D = 3, 5, 20, 6, 4  # WIDTH is not HEADS * D
 # Sums of 20, 4, 5 and 24 products one after another, each of size 1 to 30: 64 roundings of float64 on 480 terms.
 TOLERANCE = 64 * torch.finfo(torch.float64).eps * math.sqrt(480)
 
@@ -43,7 +43,7 @@ def attention_case(draw, kv_heads):
 @check(points=1)
 def heads_apart(draw):
     """split_heads gives every head its own D numbers of every token, and merge_heads puts them back."""
-    for heads, d in ((3, 4), (2, 7)):
+    for heads, d in ((6, 4), (2, 7)):
         each = [numbers(draw, BATCH, LENGTH, d) for _ in range(heads)]
         apart, whole = torch.stack(each, 1), torch.cat(each, -1)
         about = f"{heads} heads of {d}, {LENGTH} tokens"
@@ -54,8 +54,8 @@ def heads_apart(draw):
 @check(points=1)
 def copies_side_by_side(draw):
     """repeat_kv puts the n copies of a head side by side, so that query head h finds key/value head h // n."""
-    for heads, n in ((2, 3), (3, 2), (4, 1)):
-        x = numbers(draw, BATCH, heads, LENGTH, D)
+    for heads, n in ((2, 3), (4, 2), (6, 1)):
+        x = numbers(draw, BATCH, heads, LENGTH, 7)
         expect = torch.stack([x[:, h // n] for h in range(heads * n)], 1)
         yield Case("repeat_kv", {"x": x, "n": n}, expect, about=f"{heads} heads, n = {n}")
 

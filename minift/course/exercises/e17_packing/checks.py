@@ -13,7 +13,7 @@ GOLDEN = (
     ([2, 7, 15, 6, 2, 13, 7, 12, 4], [[2], [5, 4], [7, 8], [1, 6, 0], [3]]),
 )
 NAMES = ("ids", "labels", "positions", "mask")
-VOCABULARY, WIDTH = 11, 6
+VOCABULARY, WIDTH, HEAD = 11, 6, 4
 # Sums of at most 17 keys times WIDTH times VOCABULARY products of a size of about 10: 64 roundings of float64 on those.
 TOLERANCE = 64 * torch.finfo(torch.float64).eps * math.sqrt(17 * WIDTH * VOCABULARY) * 10
 
@@ -57,14 +57,15 @@ def row_case(draw, lengths, capacity, pad=0, about=""):
     return Case("assemble", given, row_of(documents, capacity, pad), names=NAMES, about=text)
 
 
-def alone(documents, tokens, places, weights):
+def alone(documents, tokens, places, weights, out):
     """Each document through the layer for itself: logits, sum of the losses, gradient of the table."""
     table = tokens.clone().requires_grad_()
     logits, losses = [], []
     for document in map(torch.tensor, documents):
         x = (F.embedding(document, table) + places[: len(document)])[None]
         q, k, v = (F.linear(x, weight) for weight in weights)
-        seen = F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True), table)[0]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = F.linear(F.linear(mixed, out), table)[0]
         logits.append(seen.detach())
         losses.append(F.cross_entropy(seen[:-1], document[1:], reduction="sum"))
     loss = torch.stack(losses).sum()
@@ -76,7 +77,8 @@ def attention_case(draw, lengths, capacity):
     net = {
         "tokens": torch.randn(VOCABULARY, WIDTH, generator=draw, dtype=torch.float64),
         "places": torch.randn(capacity, WIDTH, generator=draw, dtype=torch.float64),
-        "weights": [torch.randn(WIDTH, WIDTH, generator=draw, dtype=torch.float64) / 2 for _ in range(3)],
+        "weights": [torch.randn(HEAD, WIDTH, generator=draw, dtype=torch.float64) / 2 for _ in range(3)],
+        "out": torch.randn(WIDTH, HEAD, generator=draw, dtype=torch.float64) / 2,
     }
     given = {"documents": documents, "capacity": capacity, "pad_id": 0} | net
     about = f"documents of {', '.join(map(str, lengths))} tokens in a row of {capacity}"
