@@ -14,6 +14,8 @@ _OUT = click.Path(path_type=Path)
 _exercises = click.option("--exercises", "wanted", default="", help="Such as e01-e08,e20; all by default.")
 _key = click.option("--seed-key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                     help="File with your own key: then nobody knows the numbers beforehand.")  # fmt: skip
+_weights = click.option("--weights", "weights_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                        help="TOML file of factors on the points in the totals, such as e01 = 2.")  # fmt: skip
 _seeds = click.option("--seeds", type=click.IntRange(1), default=2, help="Draws of the inputs for each check.")
 _MOST_JOBS = 8  # each holds a process with torch in it, some 300 MB
 
@@ -50,10 +52,9 @@ def _key_of(path: Path | None) -> bytes:
               help="Submissions at a time; the number of cores by default, at most 8.")  # fmt: skip
 @click.option("--one", is_flag=True, help="SUBMISSIONS is a single one: a folder, a zip or a file.")
 @click.option("--gradescope", "results", type=_OUT, help="With --one: also write Gradescope's results.json here.")
-@click.option("--weights", "weights_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="TOML file of factors on the points in the totals, such as e01 = 2.")  # fmt: skip
 @click.option("--require-isolation", is_flag=True, help="Refuse to run where the network cannot be taken away.")
 @_exercises
+@_weights
 @_key
 @_seeds
 def grade(submissions: Path, csv_path: Path, out: Path, jobs: int, one: bool, results: Path | None,
@@ -84,7 +85,7 @@ def grade(submissions: Path, csv_path: Path, out: Path, jobs: int, one: bool, re
         earned, most = total_of(record, weights)
         click.echo(f"  {record['student']:30s} {earned:3} of {most}{problem}")
     if results is not None:
-        write_results(records[0], results, secret=seed_key is not None)
+        write_results(records[0], results, secret=seed_key is not None, weights=weights)
     click.echo(f"{csv_path.absolute()}; records in {out.absolute()}; for the class: minift-course report {out}")
 
 
@@ -106,18 +107,25 @@ def report(records: Path, page: Path | None) -> None:
 
 @click.command(name="gradescope")
 @click.option("-o", "--output", type=_OUT, default="autograder.zip", show_default=True)
-@click.option("--wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Install minift from here.")
+@click.option("--wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="The minift to grade with: what `pip wheel --no-deps .` makes in its repository.")  # fmt: skip
+@click.option("--index-url", help="A pip index with torch for CPUs, some gigabytes less than the usual one on Linux.")
 @_exercises
+@_weights
 @_key
 @_seeds
-def gradescope_zip(output: Path, wheel: Path | None, wanted: str, seed_key: Path | None, seeds: int) -> None:
+def gradescope_zip(output: Path, wheel: Path, index_url: str | None, wanted: str, weights_path: Path | None,
+                   seed_key: Path | None, seeds: int) -> None:  # fmt: skip
     """Build the autograder zip for Gradescope."""
     from minift.course.gradescope import build
+    from minift.course.marks import read_weights, total
 
-    names = chosen(wanted)
+    exercises = chosen(wanted)
+    weights = read_weights(weights_path, exercises) if weights_path else {}
     _key_of(seed_key)
-    build(output, seed_key, wanted, seeds, wheel)
-    click.echo(f"{output.absolute()}: {sum(one.points for one in names)} points in {len(names)} exercises")
+    build(output, wheel, wanted, seeds, seed_key, weights_path, index_url)
+    points = total({one.id: one.points for one in exercises}, weights)
+    click.echo(f"{output.absolute()}: {points} points in {len(exercises)} exercises")
 
 
 @click.command()

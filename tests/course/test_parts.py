@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import math
 
 import pytest
@@ -144,6 +145,15 @@ def test_distance_is_measured_in_tolerances():
     assert distances(want, have, atol=0.25, rtol=0.0).tolist() == [2.0, 0.0, 0.0, 0.0, math.inf]
     assert distances(want[1:2], torch.tensor([11.0]), atol=0.5, rtol=0.15).tolist() == [0.5]
     assert distances(want[1:2], torch.tensor([11.0]), 0.0, 0.0).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize(("atol", "rtol"), [(0.0, 0.0), (0.25, 0.0), (0.0, 0.5), (0.25, 0.5)])
+def test_a_number_is_as_far_off_as_a_tensor_of_one(atol: float, rtol: float):
+    numbers = [0.0, -0.0, 1.0, -1.1, 1e300, -1e308, 1.7e308, 5e-324, math.inf, -math.inf, math.nan, 3]
+    for want, have in itertools.product(numbers, repeat=2):
+        tensors = [torch.tensor([number], dtype=torch.float64) for number in (want, have)]
+        case = Case("f", {}, want, atol, rtol)
+        assert compare(case, have).size == float(distances(*tensors, atol, rtol)), (want, have)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,16 @@ def test_gradescope_results(submissions: Path, tmp_path: Path):
     assert "first mismatch" in found["tests"][0]["output"]
 
 
+def test_gradescope_results_are_weighted(submissions: Path, tmp_path: Path):
+    (tmp_path / "weights.toml").write_text("e01 = 1.5\n")
+    common = ["--one", "--csv", tmp_path / "c.csv", "--json", tmp_path / "r", "--exercises", "e01"]
+    weights = ("--weights", tmp_path / "weights.toml")
+    run("grade", submissions / "alice", *common, *weights, "--gradescope", tmp_path / "results.json")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["score"] == sum(test["max_score"] for test in found["tests"]) == 1.5 * E01.points
+    assert all(test["score"] == test["max_score"] for test in found["tests"])
+
+
 def test_isolation_can_be_required(submissions: Path, monkeypatch):
     monkeypatch.setattr("minift.course.runner.has_namespaces", lambda: False)
     with pytest.raises(ValueError, match="network cannot be taken away"):
@@ -250,13 +260,23 @@ def test_isolation_can_be_required(submissions: Path, monkeypatch):
 
 
 def test_gradescope_zip(tmp_path: Path):
+    wheel = tmp_path / "minift-0.1.0-py3-none-any.whl"
+    wheel.write_bytes(b"a wheel")
     (tmp_path / "key").write_text("0123456789abcdef")
-    run("gradescope", "-o", tmp_path / "a.zip", "--seed-key", tmp_path / "key", "--exercises", "e01-e20")
+    (tmp_path / "weights").write_text("e01 = 0.5\n")
+    given = ("--seed-key", tmp_path / "key", "--weights", tmp_path / "weights", "--wheel", wheel)
+    said = run("gradescope", "-o", tmp_path / "a.zip", *given, "--exercises", "e01-e20", "--index-url", "http://cpu")[1]
+    most = sum(one.points for one in chosen("e01-e20")) - E01.points / 2
+    assert f"a.zip: {most} points in 20 exercises" in said
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        assert set(archive.namelist()) == {"setup.sh", "run_autograder", "seed.key"}
-        script = archive.read("run_autograder").decode()
+        assert set(archive.namelist()) == {"setup.sh", "run_autograder", "seed.key", "weights.toml", wheel.name}
+        script, setup = archive.read("run_autograder").decode(), archive.read("setup.sh").decode()
         assert archive.getinfo("run_autograder").external_attr >> 16 & 0o111
-    assert script.startswith("#!") and "--exercises e01-e20 --seed-key seed.key" in script
+        assert archive.read(wheel.name) == b"a wheel" and archive.read("weights.toml") == b"e01 = 0.5\n"
+    assert script.startswith("#!") and "--exercises e01-e20 --seed-key seed.key --weights weights.toml" in script
+    # The torch of that index is one that minift can be installed with, and minift comes after it.
+    torch, minift = setup.splitlines()[-2:]
+    assert "--index-url http://cpu 'torch" in torch and "<2.14" in torch and minift.endswith(f"/autograder/source/{wheel.name}")
 
 
 def test_ranges_of_exercises():
