@@ -276,7 +276,11 @@ def test_gradescope_zip(tmp_path: Path):
     assert script.startswith("#!") and "--exercises e01-e20 --seed-key seed.key --weights weights.toml" in script
     # The torch of that index is one that minift can be installed with, and minift comes after it.
     torch, minift = setup.splitlines()[-2:]
-    assert "--index-url http://cpu 'torch" in torch and "<2.14" in torch and minift.endswith(f"/autograder/source/{wheel.name}")
+    assert (
+        "--index-url http://cpu 'torch" in torch
+        and "<2.14" in torch
+        and minift.endswith(f"/autograder/source/{wheel.name}")
+    )
 
 
 def test_ranges_of_exercises():
