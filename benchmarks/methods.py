@@ -17,7 +17,7 @@ from benchmarks.__main__ import machine, versions
 from minift.atomic import atomic_file
 from minift.demo import yoda_rows
 from minift.study.methods import compare, every_method, format_methods
-from minift.study.plots.runs import methods_plot
+from minift.study.plots.lora import method_bars
 from minift.train.plan import examine_rows
 
 MODEL, BATCH, STEPS = "smollm2-135m-instruct", 8, 12
@@ -46,7 +46,7 @@ def main() -> None:
     with atomic_file(RESULTS / "table.json") as place:
         place.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "table.txt").write_text(format_methods(rows) + "\n", encoding="utf-8")
-    methods_plot(rows).save(RESULTS / "table.png")
+    method_bars(rows, seconds=True).save(RESULTS / "table.png")
 
 
 if __name__ == "__main__":

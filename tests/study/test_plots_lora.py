@@ -97,7 +97,9 @@ def test_bars_of_methods(figures: list[Figure]):
     method_bars([ROW, MethodRow("full", 987_654, 10**6, 1, 1, 1, 78_000_000, 1.0, 3.0, 1.5)])
     widths = [[bar.get_width() for bar in axes.patches] for axes in figures[0].axes]  # pyright: ignore[reportAttributeAccessIssue]
     assert widths == [[1234, 987_654], [5.6, 78.0], [2.25, 1.5]]
-    assert {"1,234", "987,654", "5.6", "78", "2.25", "1.50", "lora", "full"} <= set(written(figures))
+    assert {"1,234", "987,654", "5.6", "78", "2.25", "1.5", "lora", "full"} <= set(written(figures))
+    method_bars([ROW], seconds=True)
+    assert [axes.patches[0].get_width() for axes in figures[1].axes] == [1234, 5.6, 1.0, 2.25]  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="no method"):
         method_bars([])
 

@@ -10,7 +10,7 @@ from minift.adapters.report import AdapterReport
 from minift.study.claims import Trial, best, gaps, mean_and_spread, means
 from minift.study.lora import customer_storage
 from minift.study.methods import MethodRow
-from minift.study.picture import BLUE, ORANGE, PALETTE, SKY, VERMILION, WIDTH, YELLOW, Picture, new_figure
+from minift.study.picture import BLUE, GREEN, ORANGE, PALETTE, SKY, VERMILION, WIDTH, YELLOW, Picture, new_figure
 
 LEAST = 1e-8  # smaller differences are rounding of fp32 alone
 STYLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
@@ -118,35 +118,36 @@ def _is_new(part: str, method: str) -> bool:
     return method not in ("norms", "full") or part.startswith(("before", "behind"))
 
 
-def method_bars(rows: Sequence[MethodRow]) -> Picture:
-    """Draw what does not depend on the machine: trained parameters, memory and loss of each method.
+def method_bars(rows: Sequence[MethodRow], seconds: bool = False) -> Picture:
+    """Draw trained parameters, memory and loss of each method; with `seconds`, which depend on the machine, those too.
 
     Raises:
         ValueError: no rows.
     """
     if not rows:
         raise ValueError("nothing to draw: no method was compared")
-    figure = new_figure(WIDTH, 1.0 + 0.34 * len(rows))
-    panels = (
+    panels = [
         ("trained parameters", [row.trained for row in rows], BLUE, "{:,}"),
-        ("peak of a step (MB)", [row.peak / 1e6 for row in rows], ORANGE, "{:.3g}"),
-        ("loss after (line: before)", [row.loss_after for row in rows], "#00664a", "{:.2f}"),
-    )
-    for axes, (title, values, color, form) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+        ("peak of a step (MB)", [row.peak / 1e6 for row in rows], ORANGE, "{:,.4g}"),
+        ("loss after (line: before)", [row.loss_after for row in rows], VERMILION, "{:.3g}"),
+    ]
+    if seconds:
+        panels.insert(2, ("seconds a step", [row.seconds for row in rows], GREEN, "{:.3g}"))
+    figure = new_figure(WIDTH * len(panels) / 3, 1.0 + 0.34 * len(rows))
+    for axes, (title, values, color, form) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         bars = axes.barh([row.method for row in rows], values, color=color)
-        if title.startswith("loss"):  # inside, or the line would cross them
-            axes.bar_label(bars, [form.format(value) for value in values], padding=-32, fontsize=9, color="white")
-        else:
-            axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=9)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlim(0, max(values) * 1.45)
-        if title.startswith("trained"):
-            axes.set_xscale("log")
-            axes.set_xlim(min(values) / 10, max(values) * 300)
-            axes.set_xticks([])
         if title.startswith("loss"):
             axes.axvline(rows[0].loss_before, color="black", linestyle="--")
-            axes.set_xlim(0, rows[0].loss_before * 1.15)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # bars may end near the line
+        axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=9, bbox=behind)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlim(0, max(values) * 1.6)  # room for the labels
+        if title.startswith("trained"):
+            axes.set_xscale("log")
+            axes.set_xlim(min(values) / 10, max(values) * 1e4)
+            axes.set_xticks([])
+        if title.startswith("loss"):
+            axes.set_xlim(0, max(rows[0].loss_before, *values) * 1.3)
     axes.invert_yaxis()
     return Picture.of(figure)
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from minift.study.book_tables import MB
-from minift.study.methods import MethodRow
-from minift.study.picture import BLUE, GREEN, ORANGE, VERMILION, Picture, new_figure
+from minift.study.picture import BLUE, ORANGE, Picture, new_figure
 from minift.train.loop import StepRecord
 
 
@@ -56,30 +55,4 @@ def run_curves(steps: Sequence[StepRecord], title: str = "Training run") -> Pict
         shown = [step for step, _ in looks], [loss for _, loss in looks]
         figure.axes[0].plot(*shown, color=ORANGE, marker="s", linestyle="--", label="evaluation")
         figure.axes[0].legend(loc="upper right")
-    return Picture.of(figure)
-
-
-def methods_plot(rows: Sequence[MethodRow]) -> Picture:
-    """Draw the comparison of methods: trained parameters, memory, time and loss, a bar for each."""
-    if not rows:
-        raise ValueError("nothing to draw: no method was compared")
-    panels = (
-        ("trained parameters", [row.trained for row in rows], BLUE, "{:,}"),
-        ("peak of a step (MB)", [row.peak / 1e6 for row in rows], ORANGE, "{:,.4g}"),
-        ("seconds a step", [row.seconds for row in rows], GREEN, "{:.3g}"),
-        ("loss after (line: before)", [row.loss_after for row in rows], VERMILION, "{:.3g}"),
-    )
-    figure = new_figure(12, 1.5 + 0.32 * len(rows))
-    for axes, (title, values, color, form) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
-        bars = axes.barh([row.method for row in rows], values, color=color)
-        if title.startswith("loss"):
-            axes.axvline(rows[0].loss_before, color="black", linestyle="--")
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # bars may end near the line
-        axes.bar_label(bars, [form.format(value) for value in values], padding=3, bbox=behind)
-        axes.set(title=title)
-        axes.margins(x=0.6)
-        if title.startswith("trained"):
-            axes.set_xscale("log")
-            axes.set_xlim(min(values) / 10, max(values) * 1e4)  # room for the labels
-    axes.invert_yaxis()
     return Picture.of(figure)
