@@ -7,6 +7,7 @@ the checks where it alone is at work; the other has its turn when that one is me
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from minift.course.compare import compare
@@ -27,6 +28,10 @@ def same_answer(case: Case, one: dict[str, Any] | None, other: dict[str, Any] | 
     return all(compare(Case("", {}, a, case.atol, rtol), b).size <= 1 for a, b in pairs)
 
 
+def _agreement(cases: list[tuple[int, Case]], one: Answers, other: Answers, which: Iterable[int]) -> Iterator[bool]:
+    return (same_answer(cases[i][1], one.frames.get(i), other.frames.get(i)) for i in which)
+
+
 def explain(cases: list[tuple[int, Case]], answers: Answers, known: dict[str, Answers]) -> tuple[str, set[int]] | None:
     """The mutant that gives the same answers where these are wrong, and the checks of which that holds; or None."""
     wrong: dict[int, list[int]] = defaultdict(list)
@@ -37,10 +42,11 @@ def explain(cases: list[tuple[int, Case]], answers: Answers, known: dict[str, An
     told = {number for number, those in wrong.items() if all("value" in answers.frames[i] for i in those)}
     best, most = None, (0, 0)
     for name, mutant in known.items():
-        agree = {i: same_answer(case, answers.frames.get(i), mutant.frames.get(i)) for i, (_, case) in enumerate(cases)}
-        checks = {number for number, those in wrong.items() if all(agree[i] for i in those)}
+        checks = {number for number, those in wrong.items() if all(_agreement(cases, answers, mutant, those))}
         if len(checks) < len(wrong):
             checks &= told
-        if checks and (len(checks), sum(agree.values())) > most:
-            best, most = (name, checks), (len(checks), sum(agree.values()))
+        if checks:  # for nearly all mutants the first look said no: the other cases are compared for what is left
+            shown = len(checks), sum(_agreement(cases, answers, mutant, range(len(cases))))
+            if shown > most:
+                best, most = (name, checks), shown
     return best
