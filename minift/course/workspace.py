@@ -162,12 +162,14 @@ def make(folder: Path, exercises: list[Exercise], only: list[str] | None = None)
     workspace = read(folder) or Workspace(folder, only=only or [])
     written = []
     for name, text in files.items():
-        path, given = folder / name, workspace.given.get(name, _hash(text))
-        workspace.given[name] = _hash(text)
-        if path.exists() and given == _hash(text):
-            continue
-        if path.exists() and _hash(path.read_text(encoding="utf-8", errors="replace")) != given:
-            path = path.with_name(f"{path.name}.new")
+        path, new = folder / name, _hash(text)
+        last, workspace.given[name] = workspace.given.get(name, new), new
+        if path.exists():
+            here = _hash(path.read_text(encoding="utf-8", errors="replace"))
+            if new in (here, last):  # it is the newest already, or was changed and there is nothing newer
+                continue
+            if here != last:
+                path = path.with_name(f"{path.name}.new")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         written.append(path.relative_to(folder).as_posix())

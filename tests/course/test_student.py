@@ -74,6 +74,9 @@ def test_init_brings_an_older_folder_up_to_date(tmp_path: Path):
     assert page.read_text() == E01.text("README.md") and code.read_text() == "mine\n"
     assert (here / f"{E01.file_name}.new").read_text() == E01.starter(E01.page_name)
     assert workspace.make(here, [E01])[1] == []
+    workspace.make(here, older)
+    workspace.find(here).reset(E01)  # with the newest course: the starter is what `init` would write
+    assert workspace.make(here, [E01])[1] == [E01.page_name]
 
 
 def test_a_wrong_answer_is_explained(folder: Path):
