@@ -97,11 +97,12 @@ def report(records: Path, page: Path | None) -> None:
     from minift.course.class_page import class_page
     from minift.course.class_report import examine, format_class, read_records
     from minift.course.render import ascii_only
+    from minift.course.whole import write_whole
 
     found = examine(read_records(records))
     click.echo(ascii_only(format_class(found)))
     if page is not None:
-        page.write_text(class_page(found), encoding="utf-8")
+        write_whole(page, class_page(found))
         click.echo(f"\n{page.absolute()}: open it in a browser")
 
 

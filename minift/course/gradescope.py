@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minift.course.marks import total_of
+from minift.course.whole import whole_file, write_whole
 
 _SETUP = """#!/usr/bin/env bash
 set -e
@@ -54,8 +55,7 @@ def results(record: dict[str, Any], secret: bool, weights: Mapping[str, float]) 
 
 def write_results(record: dict[str, Any], path: Path, secret: bool, weights: Mapping[str, float]) -> None:
     """Write results.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results(record, secret, weights), indent=1), encoding="utf-8")
+    write_whole(path, json.dumps(results(record, secret, weights), indent=1))
 
 
 def build(
@@ -78,7 +78,7 @@ def build(
             weights=" --weights weights.toml" if weights else "",
         ),
     }
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(output) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
             info = zipfile.ZipInfo(name)
             info.external_attr = (stat.S_IFREG | 0o755) << 16

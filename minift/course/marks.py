@@ -24,6 +24,7 @@ from minift.course.collect import Submission
 from minift.course.grader import Grader
 from minift.course.judge import PUBLIC_KEY, SEEDS, Verdict
 from minift.course.spec import Exercise
+from minift.course.whole import whole_file, write_whole
 
 _FILES = ("checks.py", "exercise.toml", "mutants.toml", "solution.py", "drive.py")
 
@@ -104,9 +105,7 @@ def grade_all(
         record = _read_record(path, stamp)
         if record is None:
             record = grade_submission(submission, exercises, grader()) | {"stamp": stamp}
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(record, indent=1))
         progress()
         return record
 
@@ -167,7 +166,7 @@ def write_csv(
     best: list[Any] = ["(maximum)", *(2 * [total({one.id: one.points for one in exercises}, weights)])]
     for one in exercises:
         best += [one.points, "pass", f"{len(one.checks)}/{len(one.checks)}", "", ""]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as place, open(place, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([header, best])
         for record in records:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minift.course.grader import Grader
 from minift.course.spec import Exercise
+from minift.course.whole import whole_file
 from minift.course.workspace import Workspace, now
 
 MANIFEST = "manifest.json"
@@ -24,6 +25,7 @@ def pack_submission(
                 continue
             path, files[one.file_name] = space.code(one)
             verdict = grader.grade_bytes(one, files[one.file_name], path.absolute())
+            space.note(one, verdict.earned, verdict.status == "pass")
             say(f"  {one.id} {one.title}: {verdict.earned} of {verdict.points} ({verdict.status})")
             rows[one.id] = {
                 "file": one.file_name,
@@ -34,7 +36,7 @@ def pack_submission(
                 "hints": space.hints.get(one.id, 0),
                 "given_up": one.id in space.given_up,
             }
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(output) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
         archive.writestr(MANIFEST, json.dumps({"made": now(), "exercises": rows}, indent=2))

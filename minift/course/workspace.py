@@ -20,6 +20,7 @@ from typing import Any
 
 from minift.course.adapted import FILE, adapted
 from minift.course.spec import Exercise
+from minift.course.whole import write_whole
 
 STATE = ".minift-course.json"
 _KEPT = ("hints", "passed", "given_up", "earned")
@@ -68,7 +69,7 @@ class Workspace:
     def save(self) -> None:
         """Write the record."""
         record = {name: getattr(self, name) for name in (*_KEPT, "only", "given")}
-        (self.folder / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.folder / STATE, json.dumps(record, indent=2) + "\n")
 
     def exercises(self, known: dict[str, Exercise]) -> dict[str, Exercise]:
         """Those of the known exercises that belong to this folder."""
@@ -126,8 +127,7 @@ class Workspace:
     def reveal(self, exercise: Exercise) -> Path:
         """Write the solution beside the student's own work."""
         target = self.folder / "solutions" / exercise.file_name
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(exercise.text("solution.py"), encoding="utf-8")
+        write_whole(target, exercise.text("solution.py"))
         return target
 
     def reset(self, exercise: Exercise) -> Path | None:
@@ -136,7 +136,7 @@ class Workspace:
         if path.exists():
             kept = path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
             shutil.copy2(path, kept)
-        path.write_text(exercise.starter(exercise.page_name), encoding="utf-8")
+        write_whole(path, exercise.starter(exercise.page_name))
         return kept
 
 
@@ -170,8 +170,7 @@ def make(folder: Path, exercises: list[Exercise], only: list[str] | None = None)
                 continue
             if here != last:
                 path = path.with_name(f"{path.name}.new")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
         written.append(path.relative_to(folder).as_posix())
     workspace.save()
     return workspace, written

@@ -151,9 +151,9 @@ def test_distance_is_measured_in_tolerances():
 def test_a_number_is_as_far_off_as_a_tensor_of_one(atol: float, rtol: float):
     numbers = [0.0, -0.0, 1.0, -1.1, 1e300, -1e308, 1.7e308, 5e-324, math.inf, -math.inf, math.nan, 3]
     for want, have in itertools.product(numbers, repeat=2):
-        tensors = [torch.tensor([number], dtype=torch.float64) for number in (want, have)]
+        one, other = (torch.tensor([number], dtype=torch.float64) for number in (want, have))
         case = Case("f", {}, want, atol, rtol)
-        assert compare(case, have).size == float(distances(*tensors, atol, rtol)), (want, have)
+        assert compare(case, have).size == float(distances(one, other, atol, rtol)), (want, have)
 
 
 @pytest.mark.parametrize(

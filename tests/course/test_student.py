@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -273,6 +274,24 @@ def test_submission_holds_the_files_and_their_record(folder: Path):
         record = json.loads(archive.read("manifest.json"))["exercises"]
         assert archive.read(E01.file_name).decode() == E01.text("solution.py")
     assert record["e01"]["earned"] == 3 and record["e20"]["hints"] == 1 and record["e20"]["earned"] == 0
+    assert set(workspace.find(folder).passed) == {"e01"} and "3 of 13 points" in run("list")[1]
+
+
+def test_a_write_that_stops_leaves_what_was_there(folder: Path, monkeypatch):
+    run("hint", "e01")
+    run("submit")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / E01.file_name).write_text(E01.text("solution.py"))
+    before[folder / E01.file_name] = E01.text("solution.py").encode()
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    for command in (["hint", "e01"], ["check", "e01"], ["submit"]):
+        with pytest.raises(click.Abort):
+            run(*command)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_plain_pytest_grades_a_folder_with_one_item_a_check(folder: Path):
