@@ -158,10 +158,9 @@ def _text(value: Any) -> Any:
 
 
 def write_csv(
-    records: list[dict[str, Any]], exercises: list[Exercise], path: Path, weights: Mapping[str, float] | None = None
+    records: list[dict[str, Any]], exercises: list[Exercise], path: Path, weights: Mapping[str, float]
 ) -> None:
     """One row a student; the second row holds what could be had. Weights change the totals only."""
-    weights = weights or {}
     header = ["student", "total", "max", *(f"{one.id} {name}" for one in exercises for name in COLUMNS)]
     best: list[Any] = ["(maximum)", *(2 * [total({one.id: one.points for one in exercises}, weights)])]
     for one in exercises:
